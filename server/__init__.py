@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's JSON, SSE, metrics and the command line. Never imports torch."""

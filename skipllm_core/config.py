@@ -1,0 +1,34 @@
+"""The engine's configuration: declared once, frozen, nothing resolved twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything the worker process needs to build its engine.
+
+    `None` means "found at start": the value found stands in `EngineInfo`.
+    """
+
+    model_dir: Path  # a local directory with config.json and, unless load_format is dummy, weights
+    device: Device = "auto"
+    dtype: DType = "auto"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9  # of the device's memory, weights included (CUDA only)
+    num_threads: int | None = None  # CPU: torch threads of the worker; None: all cores
+    seed: int = 0  # of dummy weights
+    max_num_queued_reqs: int = 256
+    max_queued_tokens: int = 1_000_000  # prompt tokens waiting, beyond which requests are refused

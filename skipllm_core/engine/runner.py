@@ -1,0 +1,61 @@
+"""The seam between the engine (no torch) and what computes: `ModelRunner`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from skipllm_core.sequence import Sequence
+from skipllm_core.types import StepKind, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSeq:
+    """A sequence and how many of its tokens this step computes, from `num_computed_tokens` on."""
+
+    seq: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that a new one is sampled."""
+        return self.seq.num_computed_tokens + self.num_tokens == self.seq.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step computes. Block tables already have room for every scheduled token."""
+
+    kind: StepKind
+    rows: tuple[ScheduledSeq, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What the step made of one row. `token_id` is None where the prompt is not finished."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    skipped_layers: tuple[int, ...] = ()  # decode only
+    error: str | None = None  # this row alone failed (its logits were not finite)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One `RowResult` per row of the batch, in its order, and how many layers' FFN weights the
+    step read and did not read (decode only)."""
+
+    rows: tuple[RowResult, ...]
+    ffn_weight_reads: int = 0
+    ffn_weight_reads_avoided: int = 0
+
+
+class ModelRunner(Protocol):
+    """Computes batches. Implementations: the torch runner, and the fake one of the tests."""
+
+    num_layers: int
+    vocab_size: int
+    num_kv_blocks: int
+    block_size: int
+
+    def run(self, batch: Batch) -> StepResult: ...

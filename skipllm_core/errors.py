@@ -1,0 +1,56 @@
+"""The exception tree of the engine: what a caller can do about each, and nothing of HTTP."""
+
+from __future__ import annotations
+
+
+class SkipLLMError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(SkipLLMError):
+    """Settings that cannot work; raised while starting, with what to change in the message."""
+
+
+class UnsupportedModelError(ConfigError):
+    """A checkpoint that is not one of the supported families, or not safe to load."""
+
+
+class ProfileError(ConfigError):
+    """A skip profile that is malformed or belongs to another model."""
+
+
+class InvalidRequestError(SkipLLMError):
+    """A request that can never succeed as it is; the client has to change it.
+
+    `param` names the offending field in the caller's vocabulary; `code` is OpenAI's error code.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt that leaves no room for one generated token."""
+
+    def __init__(self, *, max_model_len: int, num_prompt_tokens: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+            f"resulted in {num_prompt_tokens} tokens. Please reduce the length of the prompt.",
+            code="context_length_exceeded",
+        )
+        self.max_model_len = max_model_len
+        self.num_prompt_tokens = num_prompt_tokens
+
+
+class OverloadedError(SkipLLMError):
+    """The queue is full, or the engine is not accepting work just now; worth a retry."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineDeadError(SkipLLMError):
+    """The worker died while this request was under way; its tokens are lost."""

@@ -1,0 +1,74 @@
+"""One row being generated. All per-sequence state lives here, so finishing drops it whole."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+
+from skipllm_core.types import FinishReason, SamplingParams, SkipUsage
+
+
+class SeqStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A prompt and what was generated for it, with its place in the KV cache.
+
+        token_ids:   [ prompt ............ | output ...... | newest ]
+                       0 .. num_computed_tokens-1 in cache   ^ its K/V not written yet
+
+    After a finished prefill `num_computed_tokens == num_tokens - 1`: the newest token's K/V are
+    written by the decode step that consumes it. After a preemption it is 0 again, and prompt and
+    output are prefilled together (recompute).
+    """
+
+    def __init__(self, seq_id: int, prompt_ids: list[int], params: SamplingParams) -> None:
+        assert prompt_ids, "a prompt has at least one token"
+        self.seq_id = seq_id
+        self.params = params
+        self.skip = params.skip
+        self.token_ids = list(prompt_ids)
+        self.num_prompt_tokens = len(prompt_ids)
+        self.num_computed_tokens = 0
+        self.block_table: list[int] = []
+        self.status = SeqStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.num_preemptions = 0
+        self.arrival_s = time.monotonic()
+        self.queue_s: float | None = None  # set when first scheduled
+        self.num_decode_steps = 0
+        self.num_skipped_ffn_blocks = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the next step of this sequence is a decode step."""
+        return self.num_output_tokens > 0 and self.num_computed_tokens == self.num_tokens - 1
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the token generated next falls into the warm-up, and so is decoded in full."""
+        return self.num_output_tokens < self.skip.warmup_tokens
+
+    def skip_usage(self, num_layers: int) -> SkipUsage:
+        return SkipUsage(
+            skipped_ffn_blocks=self.num_skipped_ffn_blocks,
+            total_ffn_blocks=self.num_decode_steps * num_layers,
+            warmup_tokens=min(self.num_output_tokens, self.skip.warmup_tokens)
+            if self.skip.policy != "never"
+            else 0,
+        )

@@ -1,0 +1,143 @@
+"""What passes between the parts: small frozen dataclasses, encoded as they are by msgspec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+SkipPolicyName = Literal["never", "ffn_skip"]
+StepKind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipParams:
+    """One sequence's skip settings, fully resolved: the numbers that the decode step's gate reads.
+
+    Skippable layers are `cold_start <= layer < cold_end`; the rest always run. The first
+    `warmup_tokens` generated tokens (the one sampled from the prompt included) come from the full
+    model. A row triggers at the first skippable layer whose cos(h, h + FFN(h)) >= `threshold`, and
+    skips from the next layer on. `max_skips` bounds the FFN blocks that one token may skip.
+    """
+
+    policy: SkipPolicyName = "never"
+    threshold: float = 1.0
+    warmup_tokens: int = 25
+    cold_start: int = 0
+    cold_end: int = 0
+    max_skips: int | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is generated. Every field is final: defaults were resolved at the edge."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0  # always set; a request without one was given a random one
+    logprobs: int | None = None  # how many top alternatives; None: no logprobs at all
+    stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids included unless ignore_eos
+    skip: SkipParams = field(default_factory=SkipParams)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, of the model's own distribution (before
+    temperature and penalties), as OpenAI reports them."""
+
+    logprob: float  # of the sampled token
+    top_ids: tuple[int, ...]  # best first, `SamplingParams.logprobs` of them
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipUsage:
+    """What skipping did to one sequence, counted over its decode steps."""
+
+    skipped_ffn_blocks: int = 0
+    total_ffn_blocks: int = 0  # decode steps x all layers
+    warmup_tokens: int = 0  # generated tokens that fell into the warm-up
+
+    @property
+    def token_skip_ratio(self) -> float:
+        """Skipped FFN blocks / (decoded tokens x all layers), as the paper counts it."""
+        return self.skipped_ffn_blocks / self.total_ffn_blocks if self.total_ffn_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeqOutput:
+    """What one engine step did for one sequence. The last one bears a `finish_reason`."""
+
+    seq_id: int
+    token_ids: tuple[int, ...] = ()  # a stop token included: it was generated, and counts
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token when asked for
+    skipped_layers: tuple[tuple[int, ...], ...] = ()  # one per token when traced
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
+    error: str | None = None  # with finish_reason "error"
+    queue_s: float | None = None  # with the first output: arrival to first scheduling
+    skip_usage: SkipUsage | None = None  # with the last output
+    num_preemptions: int = 0  # with the last output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One engine step as the metrics see it."""
+
+    kind: StepKind
+    duration_s: float
+    num_running: int
+    num_waiting: int
+    num_kv_blocks_used: int
+    num_kv_blocks: int
+    num_prompt_tokens: int = 0  # computed by this step (recomputed ones included)
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    ffn_computed: tuple[int, ...] = ()  # per layer: rows of this decode step that ran the FFN
+    ffn_skipped: tuple[int, ...] = ()  # per layer: rows that skipped it
+    ffn_weight_reads: int = 0  # layers whose FFN weights were read by this decode step
+    ffn_weight_reads_avoided: int = 0  # layers that every row skipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Everything one step has to tell, in one message."""
+
+    outputs: tuple[SeqOutput, ...]
+    stats: StepStats | None = None  # None where sequences ended outside a step (an abort)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What a started engine says of itself."""
+
+    max_model_len: int
+    vocab_size: int  # the width of the logits; may exceed the tokenizer's
+    num_layers: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_kv_blocks: int
+    device: str
+    dtype: str
+    num_parameters: int
+
+
+EngineState = Literal["starting", "ready", "restarting", "stuck", "dead"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """The engine as /health tells it; only `ready` is healthy."""
+
+    state: EngineState
+    detail: str = ""
