@@ -1,0 +1,129 @@
+"""Small parts of the decoder: weights, RMSNorm, the gated feed-forward, rotary embedding."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from skipllm_core.model.config import ModelConfig, RopeConfig
+
+
+class Place(NamedTuple):
+    """Where and how wide the weights are."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def weight(*shape: int, place: Place) -> nn.Parameter:
+    """An uninitialised parameter; inference only, so without gradient."""
+    return nn.Parameter(
+        torch.empty(shape, dtype=place.dtype, device=place.device), requires_grad=False
+    )
+
+
+class Linear(nn.Module):
+    """x [..., in] -> x W^T + b [..., out]."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, place: Place) -> None:
+        super().__init__()
+        self.weight = weight(out_size, in_size, place=place)
+        self.bias = weight(out_size, place=place) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, then times the weight.
+
+    The quotient is taken in fp32 and rounded to x's dtype before the weight is applied, as the
+    families' reference code does. A weight of several rows gives each head its own.
+    """
+
+    def __init__(self, *shape: int, eps: float, place: Place) -> None:
+        super().__init__()
+        self.weight = weight(*shape, place=place)
+        self._size = (shape[-1],)
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self._size, eps=self._eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: x [num_rows, hidden] -> W_down(silu(W_gate x) * W_up x). Gate and up are one."""
+
+    def __init__(self, config: ModelConfig, *, place: Place) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = Linear(hidden, 2 * inner, bias=bias, place=place)
+        self.down = Linear(inner, hidden, bias=bias, place=place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return cast(Tensor, self.down(F.silu(gate) * up))
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position of each pair of dimensions, [head_dim / 2] float32 on the CPU.
+
+    Sources: RoFormer (arXiv 2104.09864); linear: position interpolation (2306.15595); yarn:
+    2309.00071, section 3.2; llama3: the Llama 3.1 release, smooth between two wavelengths.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / rope.theta**exponents
+    slow = plain / rope.factor
+    context = rope.original_max_position_embeddings
+    if rope.type == "default":
+        return plain
+    if rope.type == "linear":
+        return slow
+    if rope.type == "llama3":
+        # Turns within the original context; few turns: interpolate, many: leave as they are.
+        turns = context * plain / (2 * math.pi)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return slow * (1 - keep) + plain * keep
+
+    def dimension_of(turns: float) -> float:  # the pair of dimensions that makes so many turns
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+    keep = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return slow * (1 - keep) + plain * keep
+
+
+class Rotary:
+    """Rotates queries and keys by their position."""
+
+    def __init__(self, config: ModelConfig, *, place: Place) -> None:
+        self._frequencies = rope_frequencies(config.rope, config.head_dim).to(place.device)
+        self._scale = config.rope.attention_factor
+        self._dtype = place.dtype
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For positions [num_tokens]: cos and signed sin, each [num_tokens, 1, head_dim].
+
+        The sine of the first half is negated, so that rotating is x * cos + swap_halves(x) * sin.
+        """
+        angles = positions[:, None, None].float() * self._frequencies
+        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        return (
+            torch.cat((cos, cos), dim=-1).to(self._dtype),
+            torch.cat((-sin, sin), dim=-1).to(self._dtype),
+        )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [num_tokens, num_heads, head_dim] rotated by `Rotary.cos_sin` of its positions."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
