@@ -85,13 +85,13 @@ class SeqOutput:
     stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
     error: str | None = None  # with finish_reason "error"
     queue_s: float | None = None  # with the first output: arrival to first scheduling
-    skip_usage: SkipUsage | None = None  # with the last output
+    skip_usage: SkipUsage | None = None  # so far: a reader may end the sequence at a stop string
     num_preemptions: int = 0  # with the last output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """One engine step as the metrics see it."""
+    """One engine step as the metrics see it; running, waiting and used are counted after it."""
 
     kind: StepKind
     duration_s: float
@@ -113,7 +113,7 @@ class StepOutput:
     """Everything one step has to tell, in one message."""
 
     outputs: tuple[SeqOutput, ...]
-    stats: StepStats | None = None  # None where sequences ended outside a step (an abort)
+    stats: StepStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from skipllm_core.config import EngineConfig
+from skipllm_core.engine.engine import Engine
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
+from skipllm_core.errors import ConfigError
 from skipllm_core.sequence import Sequence
 
 NextToken = Callable[[Sequence], int]
@@ -19,8 +24,11 @@ def count_up(seq: Sequence) -> int:
 class FakeRunner:
     """A model of no weights: the next token is a function of the sequence.
 
+    Its KV cache holds the token ids themselves, and every token sampled checks that the sequence
+    reads back its own: a block that is missing, shared or stale fails the step.
+
     Skips as told: after the warm-up, every decode step of a sequence whose policy is not `never`
-    skips the last `num_skipped` layers of its skippable region. `fail` may raise, or sleep.
+    skips the last `num_skipped` layers of its skippable region. `fail` may raise, sleep or look.
     """
 
     def __init__(
@@ -39,7 +47,11 @@ class FakeRunner:
         self.vocab_size = vocab_size
         self.num_kv_blocks = num_kv_blocks
         self.block_size = block_size
+        self.device = "cpu"
+        self.dtype = "float32"
+        self.num_parameters = 0
         self.batches: list[Batch] = []
+        self._cache = [-1] * (num_kv_blocks * block_size)
         self._next_token = next_token
         self._num_skipped = num_skipped
         self._step_s = step_s
@@ -58,9 +70,55 @@ class FakeRunner:
 
     def _row(self, batch: Batch, row: ScheduledSeq) -> RowResult:
         seq = row.seq
+        end = seq.num_computed_tokens + row.num_tokens
+        slots = [
+            seq.block_table[i // self.block_size] * self.block_size + i % self.block_size
+            for i in range(end)
+        ]
+        for i in range(seq.num_computed_tokens, end):
+            self._cache[slots[i]] = seq.token_ids[i]
+        assert [self._cache[slot] for slot in slots] == seq.token_ids[:end], "a corrupt KV cache"
         if not row.samples:
             return RowResult(None)
         skipped: tuple[int, ...] = ()
         if batch.kind == "decode" and seq.skip.policy != "never" and not seq.is_warming_up:
             skipped = tuple(range(seq.skip.cold_start, seq.skip.cold_end))[-self._num_skipped :]
         return RowResult(self._next_token(seq), skipped_layers=skipped)
+
+
+def fake_engine(
+    runner: FakeRunner | None = None,
+    *,
+    max_model_len: int = 512,
+    max_num_seqs: int = 32,
+    max_num_batched_tokens: int = 2048,
+) -> Engine:
+    """An engine around a fake runner."""
+    config = EngineConfig(
+        model_dir=Path(),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    return Engine(runner or FakeRunner(), config, max_model_len)
+
+
+def build_worker_engine(config: EngineConfig) -> Engine:
+    """What the worker processes of the tests build: steps of 5 ms, and faults told by files.
+
+    In the model's directory: `refuse` and `die` spoil the start, `raise` and `hang` every step.
+    """
+
+    def has(fault: str) -> bool:
+        return (config.model_dir / fault).exists()
+
+    def fail(batch: Batch) -> None:
+        if has("raise"):
+            raise RuntimeError("told to raise")
+        while has("hang"):
+            time.sleep(0.05)
+
+    if has("refuse"):
+        raise ConfigError("told to refuse")
+    if has("die"):
+        os._exit(3)
+    return Engine(FakeRunner(step_s=0.005, fail=fail), config, max_model_len=512)

@@ -57,5 +57,8 @@ class ModelRunner(Protocol):
     vocab_size: int
     num_kv_blocks: int
     block_size: int
+    device: str  # "cpu", "cuda:0"
+    dtype: str  # "float32", "bfloat16"
+    num_parameters: int
 
     def run(self, batch: Batch) -> StepResult: ...

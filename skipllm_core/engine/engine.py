@@ -1,0 +1,203 @@
+"""The engine: schedule, run, update. One step at a time, in whoever's thread calls it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import replace
+
+from skipllm_core.config import EngineConfig
+from skipllm_core.engine.block_manager import BlockManager, max_cached_tokens
+from skipllm_core.engine.runner import Batch, ModelRunner, RowResult, StepResult
+from skipllm_core.engine.scheduler import Scheduler
+from skipllm_core.errors import ConfigError
+from skipllm_core.sequence import Sequence
+from skipllm_core.types import (
+    EngineInfo,
+    FinishReason,
+    SamplingParams,
+    SeqOutput,
+    StepKind,
+    StepOutput,
+    StepStats,
+)
+
+logger = logging.getLogger(__name__)
+
+# A forward that raises costs the sequences of its step. One that raises again and again (a broken
+# device) costs the engine: whoever runs it starts a fresh one.
+MAX_CONSECUTIVE_FAILURES = 3
+
+
+class Engine:
+    """Sequences in, one `StepOutput` per step out. Not thread-safe.
+
+    Raises ConfigError if the settings contradict each other.
+    """
+
+    def __init__(self, runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+        if not 0 < config.max_num_seqs <= config.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({config.max_num_seqs}), and that at least 1"
+            )
+        self.info = EngineInfo(
+            max_model_len=max_model_len,
+            vocab_size=runner.vocab_size,
+            num_layers=runner.num_layers,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=runner.block_size,
+            num_kv_blocks=runner.num_kv_blocks,
+            device=runner.device,
+            dtype=runner.dtype,
+            num_parameters=runner.num_parameters,
+        )
+        self._runner = runner
+        self._blocks = BlockManager(runner.num_kv_blocks, runner.block_size)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._seqs: dict[int, Sequence] = {}  # the unfinished ones
+        self._num_failures: Counter[StepKind] = Counter()  # in a row; prefill may work, decode not
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._seqs)
+
+    def add(self, seq_id: int, prompt_ids: list[int], params: SamplingParams) -> None:
+        """Queues a sequence that `EngineClient.submit` found to fit."""
+        most = max_cached_tokens(len(prompt_ids), params.max_tokens, self.info.max_model_len)
+        assert seq_id not in self._seqs, "sequence ids are not reused"
+        assert params.max_tokens > 0
+        assert len(prompt_ids) < self.info.max_model_len
+        assert self._blocks.num_blocks_for(most) <= self._blocks.num_blocks
+        seq = self._seqs[seq_id] = Sequence(seq_id, prompt_ids, params)
+        self._scheduler.add(seq)
+
+    def abort(self, seq_id: int) -> None:
+        """Ends a sequence wherever it is, without a word; nothing if it has ended by itself."""
+        if seq := self._seqs.pop(seq_id, None):
+            self._scheduler.remove(seq)
+
+    def step(self) -> StepOutput | None:
+        """Computes one batch; None when there is no work.
+
+        If the forward raises, the sequences of its batch end with "error" and the rest go on; the
+        exception passes when MAX_CONSECUTIVE_FAILURES steps of one kind fail in a row.
+        """
+        start_s = time.monotonic()
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return None
+        result = self._run(batch)
+        outputs = self._update(batch, result)
+        return StepOutput(
+            outputs=outputs,
+            stats=self._stats(batch, result, outputs, time.monotonic() - start_s),
+        )
+
+    def _run(self, batch: Batch) -> StepResult:
+        try:
+            result = self._runner.run(batch)
+        except Exception:
+            self._num_failures[batch.kind] += 1
+            if self._num_failures[batch.kind] == MAX_CONSECUTIVE_FAILURES:
+                raise
+            logger.exception("a %s step failed with %d sequences", batch.kind, len(batch.rows))
+            return StepResult(tuple(RowResult(None, error="the step failed") for _ in batch.rows))
+        self._num_failures[batch.kind] = 0
+        return result
+
+    def _update(self, batch: Batch, result: StepResult) -> tuple[SeqOutput, ...]:
+        outputs = []
+        for row, row_result in zip(batch.rows, result.rows, strict=True):
+            seq = row.seq
+            if row_result.error is not None:
+                outputs.append(self._end(seq, "error", error=row_result.error))
+                continue
+            seq.num_computed_tokens += row.num_tokens
+            if batch.kind == "decode":
+                seq.num_decode_steps += 1
+                seq.num_skipped_ffn_blocks += len(row_result.skipped_layers)
+            if row_result.token_id is not None:
+                outputs.append(self._extend(seq, row_result))
+        return tuple(outputs)
+
+    def _extend(self, seq: Sequence, row: RowResult) -> SeqOutput:
+        """Appends the row's token, and ends the sequence if that was its last."""
+        assert row.token_id is not None
+        seq.token_ids.append(row.token_id)
+        output = SeqOutput(
+            seq_id=seq.seq_id,
+            token_ids=(row.token_id,),
+            logprobs=() if row.logprobs is None else (row.logprobs,),
+            skipped_layers=(row.skipped_layers,) if seq.skip.trace else (),
+            queue_s=seq.queue_s if seq.num_output_tokens == 1 else None,
+            skip_usage=seq.skip_usage(self.info.num_layers),
+        )
+        # The sampler does not let a stop token come before `min_tokens` others.
+        is_stop = (
+            row.token_id in seq.params.stop_token_ids
+            and seq.num_output_tokens > seq.params.min_tokens
+        )
+        if is_stop:
+            return self._end(seq, "stop", output, stop_token_id=row.token_id)
+        if (
+            seq.num_output_tokens == seq.params.max_tokens
+            or seq.num_tokens == self.info.max_model_len
+        ):
+            return self._end(seq, "length", output)
+        return output
+
+    def _end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        output: SeqOutput | None = None,
+        *,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+    ) -> SeqOutput:
+        """Drops the sequence; its last output is `output` with the ending added."""
+        del self._seqs[seq.seq_id]
+        self._scheduler.remove(seq)
+        seq.finish_reason = reason
+        return replace(
+            output or SeqOutput(seq_id=seq.seq_id),
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            error=error,
+            skip_usage=seq.skip_usage(self.info.num_layers),
+            num_preemptions=seq.num_preemptions,
+        )
+
+    def _stats(
+        self, batch: Batch, result: StepResult, outputs: tuple[SeqOutput, ...], duration_s: float
+    ) -> StepStats:
+        is_decode = batch.kind == "decode"
+        done = [
+            (row, row_result)
+            for row, row_result in zip(batch.rows, result.rows, strict=True)
+            if row_result.error is None
+        ]
+        skipped = Counter(layer for _, row_result in done for layer in row_result.skipped_layers)
+        layers = range(self.info.num_layers) if is_decode else ()
+        return StepStats(
+            kind=batch.kind,
+            duration_s=duration_s,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_kv_blocks_used=self._blocks.num_used,
+            num_kv_blocks=self._blocks.num_blocks,
+            num_prompt_tokens=0 if is_decode else sum(row.num_tokens for row, _ in done),
+            num_generated_tokens=sum(len(output.token_ids) for output in outputs),
+            num_preemptions=self._scheduler.num_preemptions,
+            ffn_computed=tuple(len(done) - skipped[layer] for layer in layers),
+            ffn_skipped=tuple(skipped[layer] for layer in layers),
+            ffn_weight_reads=result.ffn_weight_reads,
+            ffn_weight_reads_avoided=result.ffn_weight_reads_avoided,
+        )

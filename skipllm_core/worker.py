@@ -1,0 +1,130 @@
+"""The process that holds the model: one engine, one thread, one socket to its parent.
+
+Started by `ProcessEngineClient` as `python -m skipllm_core.worker ADDRESS CONFIG BUILDER`: the
+socket to connect to, the EngineConfig as JSON, and `module:function` of what builds the engine
+from it (tests put one without torch there). Standard input is the parent's lifeline: it closes
+when the parent dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from skipllm_core.config import EngineConfig
+from skipllm_core.engine.engine import Engine
+from skipllm_core.errors import ConfigError
+from skipllm_core.messages import Abort, Add, Command, Failed, Heartbeat, Message, Ready, Stepped
+
+HEARTBEAT_MS = 1000
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """The engine of a real model; raises ConfigError for a model that cannot be served."""
+    # Here, and not above: the client imports this module and must stay free of torch.
+    from skipllm_core.runner.model_runner import TorchModelRunner
+
+    runner = TorchModelRunner(config)
+    return Engine(runner, config, runner.max_model_len)
+
+
+def serve_engine(
+    engine: Engine,
+    receive: Callable[[bool], list[Command] | None],
+    send: Callable[[Message], None],
+) -> None:
+    """Steps the engine until `receive` returns None. What the engine raises passes through.
+
+    `receive(wait)` returns the commands that have come, possibly none. Told to wait, it may take
+    up to a heartbeat's time for that.
+    """
+    while (commands := receive(not engine.has_work)) is not None:
+        for command in commands:
+            match command:
+                case Add():
+                    engine.add(command.seq_id, command.prompt_ids, command.params)
+                case Abort():
+                    engine.abort(command.seq_id)
+        output = engine.step()
+        send(Heartbeat() if output is None else Stepped(output))
+
+
+def main() -> None:
+    address, config_json, builder = sys.argv[1:]
+    lifeline = _die_with_parent()
+    # Ctrl-C and a supervisor's SIGTERM reach the whole process group; the parent drains, and ends
+    # this process when it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="worker: %(message)s")  # to stderr
+
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(address)
+    encoder = msgspec.msgpack.Encoder()
+    decoder = msgspec.msgpack.Decoder(Command)
+
+    def receive(wait: bool) -> list[Command]:
+        commands: list[Command] = []
+        while socket.poll(HEARTBEAT_MS if wait and not commands else 0):
+            commands.append(decoder.decode(socket.recv()))
+        return commands
+
+    def send(message: Message) -> None:
+        socket.send(encoder.encode(message))
+
+    try:
+        engine = _build(builder, config_json)
+    except Exception as error:
+        reason = str(error)
+        if not isinstance(error, ConfigError):
+            logger.exception("the engine cannot be built")
+            reason = f"{type(error).__name__}: {error}"
+        send(Failed(reason))
+        lifeline.join()  # the parent ends this process when it has read the reason
+        return
+    send(Ready(engine.info))
+    serve_engine(engine, receive, send)
+
+
+def _build(builder: str, config_json: str) -> Engine:
+    config = msgspec.json.decode(
+        config_json, type=EngineConfig, dec_hook=lambda _type, value: Path(value)
+    )
+    module, _, function = builder.partition(":")
+    build: Callable[[EngineConfig], Engine] = getattr(importlib.import_module(module), function)
+    return build(config)
+
+
+def _die_with_parent() -> threading.Thread:
+    """Ends this process as soon as its parent is gone; returns the thread that watches."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(0)
+
+    if sys.platform == "linux":  # works on a process that is stopped or holds the GIL for good
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+if __name__ == "__main__":
+    main()

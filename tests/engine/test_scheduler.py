@@ -1,0 +1,203 @@
+"""Whatever comes, in whatever order, on however small a pool: everything ends, and ends right."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+
+from skipllm_core.engine.engine import Engine
+from skipllm_core.engine.runner import Batch
+from skipllm_core.types import SamplingParams, SeqOutput, StepStats
+from tests.fakes import FakeRunner, fake_engine
+
+
+def run(engine: Engine) -> tuple[dict[int, list[SeqOutput]], list[StepStats]]:
+    """Steps until nothing is left; every sequence's outputs, and every step's statistics."""
+    outputs: dict[int, list[SeqOutput]] = defaultdict(list)
+    stats = []
+    while (step := engine.step()) is not None:
+        stats.append(step.stats)
+        for output in step.outputs:
+            outputs[output.seq_id].append(output)
+    return outputs, stats
+
+
+def tokens(outputs: list[SeqOutput]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+def counted_up(last: int, num_tokens: int) -> list[int]:
+    """What the fake model says after a prompt that ends in `last`."""
+    return [32 + (last - 32 + step) % 95 for step in range(1, num_tokens + 1)]
+
+
+def assert_pool_is_whole(engine: Engine) -> None:
+    """A sequence as large as the pool runs without preemption, so no block is held or lost."""
+    info = engine.info
+    size = info.num_kv_blocks * info.block_size
+    engine.add(10**9, [40] * (size - 1), SamplingParams(max_tokens=2))
+    outputs, stats = run(engine)
+    assert tokens(outputs[10**9]) == [41, 42]
+    assert sum(step.num_preemptions for step in stats) == 0
+    assert stats[-1].num_kv_blocks_used == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    num_prompt_tokens: int
+    max_tokens: int
+    arrives_at: int  # step
+    aborted_at: int | None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return counted_up(31, self.num_prompt_tokens)
+
+    @property
+    def text(self) -> list[int]:
+        return counted_up(self.prompt_ids[-1], self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Workload:
+    num_kv_blocks: int  # of 4 tokens
+    max_num_seqs: int
+    budget: int
+    requests: list[Request]
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Workload:
+    num_kv_blocks = draw(st.integers(2, 12))
+    max_num_seqs = draw(st.integers(1, 6))
+
+    @st.composite
+    def fitting_requests(draw: st.DrawFn) -> Request:
+        num_prompt_tokens = draw(st.integers(1, 4 * num_kv_blocks))
+        max_tokens = draw(st.integers(1, 4 * num_kv_blocks + 1 - num_prompt_tokens))
+        aborted_at = draw(st.none() | st.integers(0, 60))
+        return Request(num_prompt_tokens, max_tokens, draw(st.integers(0, 30)), aborted_at)
+
+    return Workload(
+        num_kv_blocks,
+        max_num_seqs,
+        budget=draw(st.integers(max_num_seqs, 40)),
+        requests=draw(st.lists(fitting_requests(), min_size=1, max_size=10)),
+    )
+
+
+def play(engine: Engine, requests: list[Request]) -> dict[int, list[SeqOutput]]:
+    """Adds and aborts each request at its step; its index is its seq_id."""
+    outputs: dict[int, list[SeqOutput]] = defaultdict(list)
+    for now in itertools.count():
+        for seq_id, request in enumerate(requests):
+            if request.arrives_at == now:
+                params = SamplingParams(max_tokens=request.max_tokens)
+                engine.add(seq_id, request.prompt_ids, params)
+            if request.aborted_at == now:
+                engine.abort(seq_id)
+        step = engine.step()
+        for output in step.outputs if step else ():
+            outputs[output.seq_id].append(output)
+        if now > 60 and step is None:
+            return outputs
+    raise AssertionError
+
+
+@settings(deadline=None)
+@given(workloads())
+def test_every_sequence_ends_with_the_text_it_has_alone(workload: Workload) -> None:
+    def look(batch: Batch) -> None:
+        rows = batch.rows
+        assert len(rows) <= workload.max_num_seqs
+        assert sum(row.num_tokens for row in rows) <= workload.budget
+        assert all(row.num_tokens > 0 for row in rows)
+        assert all(row.seq.is_prefilled == (batch.kind == "decode") for row in rows), "mixed"
+
+    engine = fake_engine(
+        FakeRunner(num_kv_blocks=workload.num_kv_blocks, block_size=4, fail=look),
+        max_num_seqs=workload.max_num_seqs,
+        max_num_batched_tokens=workload.budget,
+    )
+    outputs = play(engine, workload.requests)
+    order = sorted(outputs, key=lambda seq_id: workload.requests[seq_id].arrives_at)
+    assert list(outputs) == order, "not first come, first served"
+    for seq_id, request in enumerate(workload.requests):
+        text = tokens(outputs[seq_id])
+        assert text == request.text[: len(text)]
+        if request.aborted_at is None or request.aborted_at < request.arrives_at:
+            assert len(text) == request.max_tokens
+            assert [output.finish_reason for output in outputs[seq_id]][-1] == "length"
+    assert_pool_is_whole(engine)
+
+
+def test_a_small_pool_preempts_and_everyone_finishes_with_the_same_text() -> None:
+    def serve(num_kv_blocks: int) -> tuple[dict[int, list[SeqOutput]], list[StepStats]]:
+        engine = fake_engine(FakeRunner(num_kv_blocks=num_kv_blocks))
+        for seq_id in range(6):
+            prompt = [40 + seq_id] * 10
+            engine.add(seq_id, prompt, SamplingParams(max_tokens=54))  # 63 tokens: 4 blocks
+        return run(engine)
+
+    outputs, stats = serve(num_kv_blocks=8)
+    unconstrained, _ = serve(num_kv_blocks=256)
+    num_preemptions = sum(step.num_preemptions for step in stats)
+    assert num_preemptions > 0
+    assert num_preemptions == sum(outputs[seq_id][-1].num_preemptions for seq_id in range(6))
+    for seq_id in range(6):
+        assert tokens(outputs[seq_id]) == tokens(unconstrained[seq_id])
+        assert outputs[seq_id][-1].finish_reason == "length"
+    # Recomputed tokens are not decode steps: those are one per token after the first.
+    usage = outputs[5][-1].skip_usage
+    assert usage is not None
+    assert usage.total_ffn_blocks == 53 * 4
+
+
+def test_the_latest_arrived_gives_way_to_the_oldest() -> None:
+    engine = fake_engine(FakeRunner(num_kv_blocks=4))
+    for seq_id in range(2):
+        engine.add(seq_id, [40] * 16, SamplingParams(max_tokens=40))
+    outputs, _ = run(engine)
+    assert outputs[0][-1].num_preemptions == 0
+    assert outputs[1][-1].num_preemptions == 1
+
+
+def test_several_prompts_share_a_prefill_step_and_a_long_one_is_cut() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner, max_num_batched_tokens=64)
+    for seq_id, num_prompt in enumerate([20, 20, 60]):
+        engine.add(seq_id, [40] * num_prompt, SamplingParams(max_tokens=2))
+    run(engine)
+    first, second, third = runner.batches[:3]
+    assert [row.num_tokens for row in first.rows] == [20, 20, 24]
+    assert second.kind == "decode"
+    assert [row.seq.seq_id for row in second.rows] == [0, 1]
+    assert third.kind == "prefill"
+    assert [row.num_tokens for row in third.rows] == [36]
+
+
+def test_running_streams_wait_for_one_chunk_at_most() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner, max_num_batched_tokens=32)
+    engine.add(0, [40], SamplingParams(max_tokens=20))
+    engine.step()
+    engine.add(1, [40] * 320, SamplingParams(max_tokens=2))
+    run(engine)
+    assert [batch.kind for batch in runner.batches][:20] == ["prefill", "decode"] * 10
+
+
+def test_no_more_than_max_num_seqs_run_and_the_rest_wait_their_turn() -> None:
+    engine = fake_engine(max_num_seqs=2)
+    for seq_id in range(5):
+        engine.add(seq_id, [40], SamplingParams(max_tokens=3))
+    outputs, stats = run(engine)
+    assert max(step.num_running for step in stats) == 2
+    assert stats[0].num_waiting == 3
+    assert len(outputs) == 5
+    waits = [outputs[seq_id][0].queue_s for seq_id in range(5)]
+    assert all(wait is not None for wait in waits)
+    assert all(output.queue_s is None for outs in outputs.values() for output in outs[1:])
