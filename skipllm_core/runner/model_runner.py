@@ -1,0 +1,203 @@
+"""The torch implementation of `ModelRunner`: one model, one device, one KV cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from skipllm_core.config import Device, EngineConfig
+from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
+from skipllm_core.errors import ConfigError
+from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.config import load_model_config
+from skipllm_core.model.loader import load_model, resolve_dtype
+from skipllm_core.runner.decode import decode_step, gated_forward
+from skipllm_core.runner.kv_cache import KVCache
+from skipllm_core.runner.memory import cpu_budget_bytes, cuda_budget_bytes
+from skipllm_core.runner.sampler import sample
+from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoided, skip_at
+
+logger = logging.getLogger(__name__)
+
+
+class TorchModelRunner:
+    """Computes batches with a checkpoint's model; the same eager code on CPU and on CUDA.
+
+    Raises ConfigError when the device, the model or the KV cache cannot be had.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, config: EngineConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(load_model_config(config.model_dir), device, config.dtype)
+        self.model = load_model(
+            config.model_dir,
+            device=device,
+            dtype=dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+        )
+        self.device = str(device)
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.num_layers = self.model.config.num_layers
+        self.vocab_size = self.model.config.vocab_size
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.block_size = config.block_size
+        self._device = device
+        self._dtype = dtype
+        self.max_model_len, self.num_kv_blocks = self._cache_size(config)
+        self.kv_cache = self._new_cache(self.num_kv_blocks)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        # A row of the gate is a token. Output tokens that a preemption made part of a prefill are
+        # decoded again under the rule they were decoded under: their K and V come out the same.
+        gate = gate_for(
+            [
+                skip_at(row.seq, position)
+                for row in batch.rows
+                for position in range(_start(row), _start(row) + row.num_tokens)
+            ]
+        )
+        logits = self.logits(batch.rows, gate)
+        sampling = [row for row in batch.rows if row.samples]
+        sampled = iter(sample(logits, [row.seq for row in sampling]) if sampling else ())
+        ends = accumulate(row.num_tokens for row in batch.rows)
+        rows = tuple(
+            replace(next(sampled), skipped_layers=tuple(gate.skipped_layers[end - 1]))
+            if row.samples
+            else RowResult(None)
+            for row, end in zip(batch.rows, ends, strict=True)
+        )
+        if batch.kind == "prefill":
+            return StepResult(rows)
+        avoided = num_weight_reads_avoided(gate)
+        return StepResult(rows, self.num_layers - avoided, avoided)
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[ScheduledSeq], gate: SkipGate) -> Tensor:
+        """Computes the rows' scheduled tokens, under a gate with one row per token. Returns the
+        logits [num_sampling_rows, vocab] that the rows which sample have to sample from."""
+        context_rows = [
+            ContextRow(_start(row), row.num_tokens, row.seq.block_table) for row in rows
+        ]
+        ctx = self.model.context(context_rows, self.kv_cache)
+        token_ids = torch.tensor(
+            [
+                token_id
+                for row in rows
+                for token_id in row.seq.token_ids[_start(row) : _start(row) + row.num_tokens]
+            ],
+            device=self._device,
+        )
+        ends = accumulate(row.num_tokens for row in rows)
+        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+        if len(last) == len(token_ids):
+            return decode_step(self.model, token_ids, ctx, gate)
+        h = gated_forward(self.model, token_ids, ctx, gate)
+        return self.model.head(h[torch.tensor(last, dtype=torch.int64, device=self._device)])
+
+    # Sizing the KV cache -------------------------------------------------------------------------
+
+    def _cache_size(self, config: EngineConfig) -> tuple[int, int]:
+        """(max_model_len, num_kv_blocks): never more blocks than max_num_seqs sequences can use."""
+        trained_len = self.model.config.max_position_embeddings
+        max_model_len = config.max_model_len or trained_len
+        if max_model_len > trained_len:
+            raise ConfigError(
+                f"--max-model-len {max_model_len} is beyond the {trained_len} positions that the "
+                "model was made for"
+            )
+        block_bytes = KVCache.block_bytes(
+            self.model.config, block_size=self.block_size, dtype=self._dtype
+        )
+        budget = config.kv_cache_memory_bytes
+        if budget is None:
+            budget = self._free_bytes(config, max_model_len)
+        num_blocks = min(
+            budget // block_bytes, config.max_num_seqs * self._num_blocks_for(max_model_len)
+        )
+        if num_blocks >= self._num_blocks_for(max_model_len):
+            return max_model_len, num_blocks
+        if num_blocks < 1 or config.max_model_len is not None:
+            needed = self._num_blocks_for(max_model_len) * block_bytes
+            more = "--kv-cache-memory"
+            if self._device.type == "cuda":
+                more += " or --gpu-memory-utilization"
+            raise ConfigError(
+                f"one sequence of {max_model_len} tokens needs {_mib(needed)} of KV cache, but it "
+                f"may take {_mib(max(0, budget))}: raise {more}, or lower --max-model-len"
+            )
+        fitting = num_blocks * self.block_size
+        logger.warning(
+            "the context is cut from %d to %d tokens: more do not fit into the KV cache of %s",
+            max_model_len,
+            fitting,
+            _mib(budget),
+        )
+        return fitting, num_blocks
+
+    def _free_bytes(self, config: EngineConfig, max_model_len: int) -> int:
+        if self._device.type == "cpu":
+            return cpu_budget_bytes()
+        return cuda_budget_bytes(
+            self._device,
+            config.gpu_memory_utilization,
+            lambda: self._run_largest_step(config.max_num_batched_tokens, max_model_len),
+        )
+
+    def _run_largest_step(self, max_num_batched_tokens: int, max_model_len: int) -> None:
+        """A prefill of as many tokens as a step may have, through a cache of its own."""
+        num_tokens = min(max_num_batched_tokens, max_model_len)
+        num_rows = max_num_batched_tokens // num_tokens
+        num_blocks = self._num_blocks_for(num_tokens)
+        rows = [
+            ContextRow(0, num_tokens, range(row * num_blocks, (row + 1) * num_blocks))
+            for row in range(num_rows)
+        ]
+        ctx = self.model.context(rows, self._new_cache(num_rows * num_blocks))
+        token_ids = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=self._device)
+        h = self.model(token_ids, ctx)
+        self.model.head(h[:num_rows])
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _new_cache(self, num_blocks: int) -> KVCache:
+        try:
+            return KVCache(
+                self.model.config,
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                dtype=self._dtype,
+                device=self._device,
+            )
+        except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"the KV cache does not fit into memory, lower --kv-cache-memory: {reason}"
+            ) from error
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The torch device meant; `auto` is CUDA where there is one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+def _start(row: ScheduledSeq) -> int:
+    return row.seq.num_computed_tokens
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

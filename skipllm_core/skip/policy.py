@@ -1,0 +1,155 @@
+"""Gates: which rows run a layer's FFN. A policy decides here, the decode step acts on it.
+
+The rule of FFN-SkipLLM (arXiv 2404.03865), for one token of one row:
+
+    layer      0 .. | cold_start ......... trigger | trigger + 1 .. cold_end - 1 | cold_end .. L-1
+    FFN        run  | run, similarity watched      | skipped, h passes unchanged | run
+
+The trigger is the first watched layer whose cos(h, h + FFN(h)) reaches the row's threshold. It is
+found anew for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from skipllm_core import sequence
+from skipllm_core.types import SkipParams
+
+
+class SkipGate(Protocol):
+    """Asked by the decode step, layer after layer, for one step.
+
+    `rows_to_run(layer)` is called once per layer and gives the rows (in ascending order) that run
+    its FFN. `observe` is then shown the residual before and after the FFN, both [num_rows, hidden];
+    it is not called where no row ran. Rows that did not run are equal in both.
+    """
+
+    @property
+    def skipped_layers(self) -> Sequence[Sequence[int]]:
+        """Per row, the layers it skipped so far, ascending."""
+        ...
+
+    def rows_to_run(self, layer: int) -> Collection[int]: ...
+
+    def observe(self, layer: int, before: Tensor, after: Tensor) -> None: ...
+
+
+class NeverGate:
+    """Every row runs every layer; used whenever no row of the step can skip, and costs nothing."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._rows = range(num_rows)
+
+    @property
+    def skipped_layers(self) -> Sequence[Sequence[int]]:
+        return [()] * len(self._rows)
+
+    def rows_to_run(self, layer: int) -> Collection[int]:
+        return self._rows
+
+    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
+        pass
+
+
+class FfnSkipGate:
+    """The adaptive rule above, per row (`row_exact`): a row's decisions depend on it alone.
+
+    `rows` bears each row's settings, None for a row that cannot skip in this step. Control flow is
+    on the host: one small transfer per layer at which some row may still trigger, none after that.
+    """
+
+    def __init__(self, rows: Sequence[SkipParams | None]) -> None:
+        self.skipped_layers: list[list[int]] = [[] for _ in rows]
+        self._rows = range(len(rows))
+        self._watched = {row: skip for row, skip in enumerate(rows) if skip is not None}
+        self._triggered: dict[int, SkipParams] = {}
+
+    def rows_to_run(self, layer: int) -> Collection[int]:
+        if not self._triggered:
+            return self._rows
+        return [row for row in self._rows if not self._skips(row, layer)]
+
+    def _skips(self, row: int, layer: int) -> bool:
+        skip = self._triggered.get(row)
+        if skip is None or not skip.cold_start <= layer < skip.cold_end:
+            return False
+        skipped = self.skipped_layers[row]
+        if skip.max_skips is not None and len(skipped) >= skip.max_skips:
+            return False
+        skipped.append(layer)
+        return True
+
+    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
+        # A trigger at the last skippable layer would change nothing: there is no next one.
+        watched = [
+            row
+            for row, skip in self._watched.items()
+            if skip.cold_start <= layer < skip.cold_end - 1
+        ]
+        if not watched:
+            return
+        similarities = similarity(before, after).tolist()  # the layer's one transfer
+        for row in watched:
+            if similarities[row] >= self._watched[row].threshold:
+                self._triggered[row] = self._watched.pop(row)
+
+
+class ForcedGate:
+    """Skips exactly the given blocks: `mask[row][layer]` true means skipped, whatever is seen."""
+
+    def __init__(self, mask: Sequence[Sequence[bool]]) -> None:
+        self.skipped_layers: list[list[int]] = [[] for _ in mask]
+        self._mask = mask
+
+    def rows_to_run(self, layer: int) -> Collection[int]:
+        rows = []
+        for row, skips in enumerate(self._mask):
+            if skips[layer]:
+                self.skipped_layers[row].append(layer)
+            else:
+                rows.append(row)
+        return rows
+
+    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
+        pass
+
+
+def similarity(before: Tensor, after: Tensor) -> Tensor:
+    """Cosine of the residual stream before and after the FFN add, in fp32.
+
+    [num_rows, hidden] twice -> [num_rows] float32.
+    """
+    return torch.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=-1)
+
+
+def gate_for(rows: Sequence[SkipParams | None]) -> SkipGate:
+    """The gate of a step over these rows: the free one when none of them can skip."""
+    if any(row is not None for row in rows):
+        return FfnSkipGate(rows)
+    return NeverGate(len(rows))
+
+
+def skip_at(seq: sequence.Sequence, position: int) -> SkipParams | None:
+    """The settings under which the token at `position` of `seq` is decoded; None: in full.
+
+    The token at `num_prompt_tokens - 1 + t` is the one whose decoding generates output token t. The
+    prompt's tokens (t <= 0) and the first `warmup_tokens` output tokens are computed in full.
+    """
+    skip = seq.skip
+    generated = position - seq.num_prompt_tokens + 1
+    if skip.policy == "never" or generated < max(1, skip.warmup_tokens):
+        return None
+    if skip.max_skips == 0 or skip.cold_end - skip.cold_start < 2:
+        return None  # nothing is skippable: spare the similarities
+    return skip
+
+
+def num_weight_reads_avoided(gate: SkipGate) -> int:
+    """Layers that every row skipped: only there the FFN's weights are not read."""
+    rows = gate.skipped_layers
+    return len(set(rows[0]).intersection(*rows[1:])) if rows else 0
