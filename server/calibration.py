@@ -1,0 +1,84 @@
+"""`skipllm calibrate`: prompts from a file, progress on the terminal, a skip profile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from server.settings import Settings, SettingsError
+from skipllm_core.errors import InvalidRequestError
+from skipllm_core.model.hub import resolve_model
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.tokenizer import HFTokenizer, Tokenizer
+
+
+class PromptLine(msgspec.Struct):
+    """One line of the prompts file: a chat or a raw prompt."""
+
+    messages: list[dict[str, str]] | None = None
+    prompt: str | None = None
+
+
+def run_calibration(
+    settings: Settings, prompts_file: Path, out: Path, *, max_tokens: int, warmup_tokens: int
+) -> None:
+    """Measures the model on the prompts and writes its profile. Raises ConfigError."""
+    assert settings.model is not None
+    model_dir = resolve_model(settings.model)
+    prompts = read_prompts(prompts_file, HFTokenizer(model_dir))
+    console = Console(stderr=True, highlight=False)
+    # Before torch is loaded: spinning threads collapse as soon as anything else needs a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from skipllm_core.skip.calibrate import calibrate_model
+
+    with console.status("") as status:
+        profile = calibrate_model(
+            settings.engine_config(model_dir),
+            prompts,
+            max_tokens=max_tokens,
+            warmup_tokens=warmup_tokens,
+            on_progress=lambda what, done, total: status.update(f"{what} ({done}/{total})"),
+        )
+    profile.save(out)
+    console.print(_summary(profile))
+    console.print(f"{out}: layers {profile.cold_start} to {profile.cold_end - 1} may be skipped")
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of a JSON Lines file of chats and raw prompts. Raises SettingsError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read {path}: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = msgspec.json.decode(line, type=PromptLine)
+            if entry.messages is not None:
+                prompts.append(tokenizer.encode_chat(entry.messages))
+            elif entry.prompt is not None:
+                prompts.append(tokenizer.encode(entry.prompt))
+            else:
+                raise InvalidRequestError("neither messages nor prompt")
+        except (msgspec.DecodeError, InvalidRequestError) as error:
+            raise SettingsError(f"{path}, line {number}: {error}") from None
+    return prompts
+
+
+def _summary(profile: SkipProfile) -> Table:
+    table = Table("target", "threshold", "token skip ratio", "top-1 agreement", "KL (nats)")
+    for point in profile.points:
+        table.add_row(
+            f"{point.target_ratio:.0%}",
+            f"{point.threshold:.4f}",
+            f"{point.token_skip_ratio:.3f}",
+            f"{point.top1_agreement:.3f}",
+            f"{point.kl:.4f}",
+        )
+    return table

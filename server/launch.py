@@ -1,0 +1,189 @@
+"""`skipllm serve`, from settings to exit code: listen, load, tell, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from prometheus_client import disable_created_metrics
+
+from server.app import build_app
+from server.banner import describe_skipping, print_banner, print_line
+from server.lifecycle import Lifecycle
+from server.logs import configure_logging
+from server.metrics import Metrics
+from server.protocol.sampling import SamplingDefaults
+from server.settings import Settings
+from skipllm_core.client import ProcessEngineClient
+from skipllm_core.demo import MODEL_DIR
+from skipllm_core.errors import ConfigError
+from skipllm_core.model.fingerprint import model_fingerprint
+from skipllm_core.model.hub import resolve_model
+from skipllm_core.skip.profile import SkipProfile, resolve_skip
+from skipllm_core.tokenizer import HFTokenizer
+
+PROFILE_NAME = "skip.yaml"  # a model's own profile, in its directory
+KEEP_ALIVE_S = 75  # longer than the idle time of usual proxies: the proxy closes, not we
+FAREWELL_S = 0.5  # for telling what outlasts the drain that it is over
+FLUSH_S = 1  # for responses that are still being written when all has ended
+
+logger = logging.getLogger(__name__)
+
+
+def run_server(settings: Settings) -> int:
+    """Serves until told to stop; returns the exit code. Raises ConfigError where it cannot."""
+    configure_logging(settings.log_level)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, unused
+    with listen(settings.host, settings.port) as listener:  # a taken port is told before the load
+        print_line(f"loading {settings.model_name} ...")
+        model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+        profile = find_profile(settings.skip_profile, model_dir)
+        return uvloop.run(_serve(settings, model_dir, profile, listener))
+
+
+def find_profile(given: Path | None, model_dir: Path) -> SkipProfile | None:
+    """The profile that was named, else the model's own, if it has one.
+
+    Raises ProfileError when it cannot be read, or is another model's.
+    """
+    path = given or model_dir / PROFILE_NAME
+    if given is None and not path.exists():
+        return None
+    profile = SkipProfile.load(path)
+    profile.check_model(model_fingerprint(model_dir))
+    return profile
+
+
+@contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    with listener:
+        yield listener
+
+
+async def _serve(
+    settings: Settings, model_dir: Path, profile: SkipProfile | None, listener: socket.socket
+) -> int:
+    started_s = time.monotonic()
+    skip_defaults = settings.skip_defaults(profile)
+    stop = _Stop(settings.shutdown_timeout)
+    engine = ProcessEngineClient(settings.engine_config(model_dir), on_fatal=stop.on_fatal)
+    metrics = Metrics(settings.model_name)
+    metrics.watch(engine)
+    app = build_app(
+        engine,
+        HFTokenizer(model_dir),
+        model_name=settings.model_name,
+        metrics=metrics,
+        skip_defaults=skip_defaults,
+        skip_profile=profile,
+        api_keys=settings.api_key,
+        sampling_defaults=SamplingDefaults.of_model(model_dir),
+        strict_params=settings.strict_params,
+    )
+    http = _HTTPServer(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=FLUSH_S,
+        )
+    )
+    stop.watch(http, app.state.lifecycle)
+    serving = asyncio.create_task(http.serve([listener]))  # /live and /ready answer while it loads
+    loading = asyncio.create_task(engine.start())
+    try:
+        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()  # raises ConfigError
+            metrics.set_num_layers(engine.info.num_layers)
+            print_banner(
+                settings,
+                engine.info,
+                describe_skipping(skip_defaults, resolve_skip(skip_defaults, profile, None)),
+                url=_url(settings.host, listener),
+                startup_s=time.monotonic() - started_s,
+            )
+            if profile is None:
+                print_line(
+                    "This model has no skip profile, so nothing is skipped. "
+                    f"To make one: skipllm calibrate {model_dir}"
+                )
+        await serving
+    finally:
+        http.should_exit = True
+        loading.cancel()
+        await asyncio.wait({loading, serving})
+        await engine.close()
+    return stop.exit_code
+
+
+class _HTTPServer(uvicorn.Server):
+    """Leaves signals to `_Stop`: uvicorn would stop accepting at once, and /ready would be mute."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Stop:
+    """Why and how the server ends. The first signal drains, the second ends at once."""
+
+    def __init__(self, drain_timeout_s: float) -> None:
+        self.exit_code = 0
+        self._drain_timeout_s = drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
+
+    def watch(self, http: uvicorn.Server, lifecycle: Lifecycle) -> None:
+        self._http = http
+        self._lifecycle = lifecycle
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def on_fatal(self, reason: str) -> None:
+        """The engine has given up, so there is nothing left to serve."""
+        logger.error("the engine is gone for good: %s", reason)
+        self.exit_code = 1
+        self._http.should_exit = True
+
+    def _on_signal(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain(self._drain_timeout_s))
+        else:
+            self._draining.cancel()
+            self._draining = asyncio.create_task(self._drain(0))
+
+    async def _drain(self, timeout_s: float) -> None:
+        self._lifecycle.begin_drain()
+        if timeout_s and (num_running := self._lifecycle.num_running):
+            print_line(
+                f"stopping: {num_running} running, {timeout_s:g} s to end "
+                "(a second signal stops at once)"
+            )
+        await self._lifecycle.wait_drained(timeout_s, farewell_s=FAREWELL_S)
+        self._http.should_exit = True
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    """Where a client on this machine finds the server."""
+    port = listener.getsockname()[1]
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -1,0 +1,278 @@
+"""Every setting of the server, declared once: type, bounds, default and help.
+
+Command line, environment and YAML file all speak these names: `max_num_seqs` is the flag
+`--max-num-seqs`, the variable `SKIPLLM_MAX_NUM_SEQS` and the key `max_num_seqs`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from skipllm_core.config import Device, DType, EngineConfig, LoadFormat
+from skipllm_core.errors import ConfigError, InvalidRequestError
+from skipllm_core.skip.profile import SkipDefaults, SkipProfile, resolve_skip
+from skipllm_core.types import SkipPolicyName
+
+ENV_PREFIX = "SKIPLLM_"
+CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"  # the file itself; not a setting
+EMBEDDED_MODEL_NAME = "skipllm-demo"
+DEFAULT_SKIP_RATIO = 0.25
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_HOW_MUCH_TO_SKIP = frozenset({"skip_ratio", "skip_threshold"})  # one or the other
+
+
+class SettingsError(ConfigError):
+    """A setting that is unknown or out of bounds; the message names it as its source spells it."""
+
+
+def _split_commas(value: object) -> object:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value
+
+
+def _setting(panel: str, default: object, help_text: str, **constraints: Any) -> Any:
+    """A field with its help, and the panel of `--help` that shows it."""
+    return Field(default, description=help_text, json_schema_extra={"panel": panel}, **constraints)
+
+
+class Settings(BaseModel):
+    """The server's settings, validated and frozen. `None` means "found at start"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str | None = _setting(
+        "Model",
+        None,
+        "A local directory or a Hugging Face id. Without it, the embedded model is served.",
+    )
+    served_model_name: str | None = _setting(
+        "Model", None, "The model's name in the API; by default, MODEL as it was given."
+    )
+    load_format: LoadFormat = _setting(
+        "Model", "auto", "How weights are read; dummy: random weights, config.json is enough."
+    )
+    dtype: DType = _setting(
+        "Model", "auto", "Type of the weights; auto: the checkpoint's, and float32 on CPU."
+    )
+    device: Device = _setting("Model", "auto", "Where the model runs; auto: cuda if there is one.")
+    max_model_len: int | None = _setting(
+        "Model", None, "Longest prompt plus answer, in tokens; by default, the model's own.", ge=2
+    )
+    seed: int = _setting("Model", 0, "Seed of dummy weights.", ge=0, lt=2**63)
+
+    max_num_seqs: int = _setting(
+        "Engine", 32, "How many sequences are decoded together.", ge=1, le=4096
+    )
+    max_num_batched_tokens: int = _setting(
+        "Engine", 2048, "How many tokens one step may compute.", ge=1, le=2**20
+    )
+    max_num_queued_reqs: int = _setting(
+        "Engine", 256, "How many sequences may wait; beyond it, requests get 503.", ge=1
+    )
+    kv_cache_memory: ByteSize | None = _setting(
+        "Engine", None, "Memory of the KV cache, as 4GiB or 512MB.", ge=1
+    )
+    gpu_memory_utilization: float = _setting(
+        "Engine", 0.9, "Share of the GPU's memory to use when --kv-cache-memory is not set.",
+        gt=0, le=1,
+    )  # fmt: skip
+    num_threads: int | None = _setting(
+        "Engine", None, "Threads of the worker on CPU; by default, all cores.", ge=1, le=1024
+    )
+
+    skip_policy: SkipPolicyName | None = _setting(
+        "Skipping", None, "never or ffn_skip; by default, ffn_skip if the model has a skip profile."
+    )
+    skip_ratio: float | None = _setting(
+        "Skipping",
+        None,
+        "Share of FFN blocks to skip; the profile turns it into a threshold. "
+        "Default: 0.25, or as much as the profile reaches.",
+        ge=0,
+        le=1,
+    )
+    skip_threshold: float | None = _setting(
+        "Skipping", None, "Cosine similarity from which a token skips; instead of a ratio.",
+        ge=0, le=1,
+    )  # fmt: skip
+    skip_profile: Path | None = _setting(
+        "Skipping", None, "Skip profile to use; by default, skip.yaml in the model's directory."
+    )
+    warmup_tokens: int | None = _setting(
+        "Skipping",
+        None,
+        "First generated tokens that are decoded in full; by default, the profile's.",
+        ge=0,
+    )
+
+    host: str = _setting("Server", "127.0.0.1", "Address to listen on; 0.0.0.0: every interface.")
+    port: int = _setting("Server", 8000, "Port to listen on; 0: any free one.", ge=0, le=65535)
+    api_key: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = _setting(
+        "Server",
+        (),
+        "Key that clients must send; several: repeat it, or separate by commas.",
+        repr=False,
+    )
+    strict_params: bool = _setting(
+        "Server", False, "Answer 400 to unknown request fields instead of ignoring them."
+    )
+    shutdown_timeout: float = _setting(
+        "Server", 30.0, "Seconds that running requests have to finish after SIGTERM.", ge=0, le=3600
+    )
+    log_level: LogLevel = _setting("Server", "info", "Least severe level that is logged.")
+
+    @model_validator(mode="after")
+    def _one_way_to_say_how_much(self) -> Settings:
+        if self.skip_ratio is not None and self.skip_threshold is not None:
+            raise ValueError("give --skip-ratio or --skip-threshold, not both")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or self.model or EMBEDDED_MODEL_NAME
+
+    def engine_config(self, model_dir: Path) -> EngineConfig:
+        memory = self.kv_cache_memory
+        return EngineConfig(
+            model_dir=model_dir,
+            device=self.device,
+            dtype=self.dtype,
+            load_format=self.load_format,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_memory_bytes=None if memory is None else int(memory),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            num_threads=self.num_threads,
+            seed=self.seed,
+            max_num_queued_reqs=self.max_num_queued_reqs,
+        )
+
+    def skip_defaults(self, profile: SkipProfile | None) -> SkipDefaults:
+        """What requests that say nothing get. Raises ConfigError where that cannot be done."""
+        wants_skipping = (
+            self.skip_policy == "ffn_skip"
+            if self.skip_policy is not None
+            else bool(self.skip_ratio) or self.skip_threshold is not None
+        )
+        if profile is None and wants_skipping:
+            raise ConfigError(
+                "skipping needs a skip profile of the model: `skipllm calibrate` makes one, "
+                "--skip-profile names it"
+            )
+        ratio = self.skip_ratio
+        if ratio is None and self.skip_threshold is None and profile is not None:
+            ratio = min(DEFAULT_SKIP_RATIO, profile.max_ratio)
+        defaults = SkipDefaults(
+            policy=self.skip_policy or ("never" if profile is None else "ffn_skip"),
+            ratio=ratio,
+            threshold=self.skip_threshold,
+            warmup_tokens=self.warmup_tokens,
+        )
+        try:
+            resolve_skip(defaults, profile, None)
+        except InvalidRequestError as error:
+            raise ConfigError(str(error)) from None
+        return defaults
+
+
+def load_settings(
+    flags: Mapping[str, object], environ: Mapping[str, str], config_file: Path | None = None
+) -> Settings:
+    """Settings from the command line, else the environment, else the YAML file, else defaults.
+
+    `flags` holds what was given on the command line (None: not given). An empty variable counts
+    as unset, as container files write it. Raises SettingsError.
+    """
+    # Each layer: the values it sets, and how its source spells a name, for messages.
+    layers: list[tuple[Mapping[str, object], Callable[[str], str]]] = [
+        (_read_environ(environ), lambda name: ENV_PREFIX + name.upper()),
+        ({name: value for name, value in flags.items() if value is not None}, flag_of),
+    ]
+    if config_file is not None:
+        layers.insert(0, (_read_yaml(config_file), lambda name: f"'{name}' in {config_file}"))
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    for layer, spell in layers:
+        if not _HOW_MUCH_TO_SKIP.isdisjoint(layer):  # a threshold here replaces a ratio from below
+            values = {name: values[name] for name in values.keys() - _HOW_MUCH_TO_SKIP}
+        values |= layer
+        sources |= {name: spell(name) for name in layer}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = first["msg"].replace("Input should be", "must be")
+        if not first["loc"]:
+            raise SettingsError(message.removeprefix("Value error, ")) from None
+        name = str(first["loc"][0])
+        given = "" if name == "api_key" else f", but got {first['input']!r}"
+        raise SettingsError(f"{sources[name]}: {message}{given}") from None
+
+
+def flag_of(name: str) -> str:
+    """The name of a setting as the command line spells it."""
+    return "MODEL" if name == "model" else "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at what `name` was meant to be, or nothing."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def _read_yaml(config_file: Path) -> dict[str, object]:
+    try:
+        content = yaml.safe_load(config_file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(f"cannot read {config_file}: {reason}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{config_file} is not valid YAML: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{config_file} must be a mapping of settings")
+    for key in content:
+        if key not in Settings.model_fields:
+            hint = nearest(str(key), Settings.model_fields)
+            raise SettingsError(f"unknown key '{key}' in {config_file}{hint}")
+    # A YAML number or truth value is checked like the same text in a flag: `true` is no integer.
+    return {
+        key: str(value) if isinstance(value, bool | int | float) else value
+        for key, value in content.items()
+        if value is not None
+    }
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    variables = {ENV_PREFIX + name.upper(): name for name in Settings.model_fields}
+    found = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        if variable not in variables:
+            hint = nearest(variable, [*variables, CONFIG_VARIABLE])
+            raise SettingsError(f"unknown environment variable {variable}{hint}")
+        if text:
+            found[variables[variable]] = text
+    return found

@@ -1,0 +1,110 @@
+"""Imports point one way: server -> client -> worker -> engine; and few files know torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+HTTP = {"fastapi", "starlette", "uvicorn", "pydantic", "server"}
+TORCH = {"torch", "triton", "transformers"}
+
+# What computes; everything else of skipllm_core must load without torch.
+COMPUTES = (
+    "skipllm_core/runner/",
+    "skipllm_core/kernels/",
+    "skipllm_core/evals/",
+    "skipllm_core/bench/",
+    "skipllm_core/demo/",
+    "skipllm_core/model/",
+    "skipllm_core/skip/",
+)
+COMPUTES_NOT = (
+    "skipllm_core/demo/__init__.py",
+    "skipllm_core/model/__init__.py",
+    "skipllm_core/model/checkpoint.py",
+    "skipllm_core/model/config.py",
+    "skipllm_core/model/fingerprint.py",
+    "skipllm_core/model/hub.py",
+    "skipllm_core/runner/__init__.py",
+    "skipllm_core/skip/__init__.py",
+    "skipllm_core/skip/profile.py",
+)
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((REPO / package).rglob("*.py"))
+
+
+def imported(path: Path, *, at_load: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports; with `at_load`, without those inside functions."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif not (at_load and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            nodes.extend(ast.iter_child_nodes(node))
+
+
+def top_levels(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def is_under(path: Path, places: tuple[str, ...]) -> bool:
+    name = path.relative_to(REPO).as_posix()
+    return any(name == place or (place[-1] == "/" and name.startswith(place)) for place in places)
+
+
+def test_the_server_does_not_know_torch() -> None:
+    for path in sources("server"):
+        assert not top_levels(path) & TORCH, path
+
+
+def test_the_engine_does_not_know_http() -> None:
+    for path in sources("skipllm_core"):
+        assert not top_levels(path) & HTTP, path
+
+
+def test_only_what_computes_knows_torch() -> None:
+    for path in sources("skipllm_core"):
+        if not is_under(path, COMPUTES) or is_under(path, COMPUTES_NOT):
+            assert not top_levels(path) & TORCH, path
+
+
+@pytest.mark.parametrize(
+    ("package", "unknown"),
+    [
+        ("skipllm_core/engine", ("skipllm_core.client", "skipllm_core.worker")),
+        ("skipllm_core/engine", ("skipllm_core.runner", "skipllm_core.model")),
+        ("skipllm_core/runner", ("skipllm_core.client", "skipllm_core.worker")),
+        ("skipllm_core/model", ("skipllm_core.skip", "skipllm_core.engine", "skipllm_core.client")),
+        ("skipllm_core/skip", ("skipllm_core.client", "skipllm_core.worker")),
+    ],
+)
+def test_lower_layers_do_not_know_upper_ones(package: str, unknown: tuple[str, ...]) -> None:
+    for path in sources(package):
+        for name in imported(path):
+            assert not name.startswith(unknown), f"{path} imports {name}"
+
+
+def test_the_model_never_says_skip() -> None:
+    for path in sources("skipllm_core/model"):
+        # The hub's list of files is the one exception: a model's profile travels with it.
+        text = path.read_text("utf-8").replace('"skip.yaml"', "").replace("skipllm_core", "")
+        assert "skip" not in text.lower(), path
+
+
+def test_loading_the_server_does_not_load_torch() -> None:
+    code = (
+        "import sys, server.app, server.cli, server.launch, skipllm_core.client\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n"

@@ -1,0 +1,199 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server.settings import Settings, SettingsError, load_settings
+from skipllm_core.errors import ConfigError
+from skipllm_core.skip.profile import LayerSimilarity, SkipDefaults, SkipPoint, SkipProfile
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    return tmp_path / "serve.yaml"
+
+
+def test_defaults_stand_where_nothing_is_said() -> None:
+    assert load_settings({"max_num_seqs": None}, {}) == Settings()
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    config_file: Path,
+) -> None:
+    config_file.write_text("port: 1\nseed: 1\nmax_num_seqs: 1\nwarmup_tokens: 1\n")
+    environ = {"SKIPLLM_PORT": "2", "SKIPLLM_SEED": "2", "SKIPLLM_MAX_NUM_SEQS": "2"}
+    settings = load_settings({"port": "3", "seed": "3"}, environ, config_file)
+    assert (settings.port, settings.seed) == (3, 3)
+    assert settings.max_num_seqs == 2
+    assert settings.warmup_tokens == 1
+    assert settings.max_num_batched_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "yaml_text", "message"),
+    [
+        ({"max_num_seqs": "0"}, {}, "", "--max-num-seqs: must be greater than or equal to 1"),
+        ({"dtype": "int8"}, {}, "", "--dtype: must be 'auto', 'bfloat16'"),
+        ({"skip_ratio": "nan"}, {}, "", "--skip-ratio: must be a finite number"),
+        ({"kv_cache_memory": "-4GiB"}, {}, "", "--kv-cache-memory: "),
+        ({}, {"SKIPLLM_PORT": "tcp://10.0.0.1:80"}, "", "SKIPLLM_PORT: must be a valid integer"),
+        ({}, {"SKIPLLM_SKIP_RATOI": "1"}, "", "RATOI; did you mean 'SKIPLLM_SKIP_RATIO'"),
+        ({}, {}, "skip_ration: 0.1", "unknown key 'skip_ration' in .*mean 'skip_ratio'"),
+        ({}, {}, "max_num_seqs: true", "'max_num_seqs' in .*: must be a valid integer"),
+        ({}, {}, "max_num_seqs: 4.5", "'max_num_seqs' in .*: must be a valid integer"),
+        ({}, {}, "- 1", "must be a mapping"),
+        ({}, {}, "a: [", "not valid YAML"),
+        ({"skip_ratio": "0.1", "skip_threshold": "0.9"}, {}, "", "not both"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_is_one_line_that_names_it_as_its_source_spells_it(
+    flags: dict[str, str],
+    environ: dict[str, str],
+    yaml_text: str,
+    message: str,
+    config_file: Path,
+) -> None:
+    config_file.write_text(yaml_text)
+    with pytest.raises(SettingsError, match=message) as raised:
+        load_settings(flags, environ, config_file)
+    assert "\n" not in str(raised.value)
+
+
+def profile(max_ratio: float = 0.35, fingerprint: str = "") -> SkipProfile:
+    layer = LayerSimilarity(mean=0.9, p05=0.9, p25=0.9, p50=0.9, p75=0.9, p95=0.9)
+    point = SkipPoint(
+        target_ratio=max_ratio,
+        threshold=0.9,
+        token_skip_ratio=max_ratio,
+        top1_agreement=1,
+        kl=0,
+        trigger_layers=(0, 1, 0),
+        num_tokens=1,
+    )
+    return SkipProfile(
+        fingerprint=fingerprint,
+        model={},
+        cold_start=1,
+        cold_end=2,
+        warmup_tokens=25,
+        num_prompts=1,
+        num_tokens=1,
+        points=(point,),
+        similarity=(layer,) * 3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_ratio", "expected"),
+    [
+        (Settings(), None, SkipDefaults(policy="never")),
+        (Settings(), 0.35, SkipDefaults(policy="ffn_skip", ratio=0.25)),
+        (Settings(), 0.2, SkipDefaults(policy="ffn_skip", ratio=0.2)),
+        (Settings(skip_ratio=0.1), 0.35, SkipDefaults(policy="ffn_skip", ratio=0.1)),
+        (Settings(skip_threshold=0.9), 0.35, SkipDefaults(policy="ffn_skip", threshold=0.9)),
+        (Settings(skip_policy="never"), 0.35, SkipDefaults(policy="never", ratio=0.25)),
+        (
+            Settings(warmup_tokens=3),
+            0.35,
+            SkipDefaults(policy="ffn_skip", ratio=0.25, warmup_tokens=3),
+        ),
+    ],
+)
+def test_a_model_with_a_profile_skips_a_quarter_unless_told_otherwise(
+    settings: Settings, max_ratio: float | None, expected: SkipDefaults
+) -> None:
+    assert settings.skip_defaults(None if max_ratio is None else profile(max_ratio)) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(skip_policy="ffn_skip"), Settings(skip_ratio=0.1), Settings(skip_threshold=0.9)],
+)
+def test_skipping_that_was_asked_for_is_not_dropped_for_want_of_a_profile(
+    settings: Settings,
+) -> None:
+    with pytest.raises(ConfigError, match="skipllm calibrate"):
+        settings.skip_defaults(None)
+
+
+def test_a_ratio_beyond_the_profile_is_refused_at_start() -> None:
+    with pytest.raises(ConfigError, match=r"0\.3 is out of reach"):
+        Settings(skip_ratio=0.3).skip_defaults(profile(max_ratio=0.2))
+
+
+def test_a_missing_file_is_told() -> None:
+    with pytest.raises(SettingsError, match=r"cannot read nowhere\.yaml: No such file"):
+        load_settings({}, {}, Path("nowhere.yaml"))
+
+
+def test_a_threshold_replaces_a_ratio_from_a_weaker_source(config_file: Path) -> None:
+    config_file.write_text("skip_ratio: 0.3")
+    settings = load_settings({}, {"SKIPLLM_SKIP_THRESHOLD": "0.9"}, config_file)
+    assert (settings.skip_ratio, settings.skip_threshold) == (None, 0.9)
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    assert load_settings({}, {"SKIPLLM_API_KEY": "", "SKIPLLM_PORT": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("4GiB", 4 * 2**30), ("512MB", 512 * 10**6), ("1000", 1000)]
+)
+def test_memory_is_given_with_its_unit(text: str, num_bytes: int) -> None:
+    config = load_settings({"kv_cache_memory": text}, {}).engine_config(Path())
+    assert config.kv_cache_memory_bytes == num_bytes
+    assert type(config.kv_cache_memory_bytes) is int  # it goes through msgpack
+
+
+def test_keys_come_from_repeated_flags_a_list_or_commas_and_are_never_shown(
+    config_file: Path,
+) -> None:
+    config_file.write_text("api_key: [one, two]")
+    assert load_settings({}, {}, config_file).api_key == ("one", "two")
+    assert load_settings({"api_key": ["one", "two"]}, {}).api_key == ("one", "two")
+    settings = load_settings({}, {"SKIPLLM_API_KEY": "s3cret, two"})
+    assert settings.api_key == ("s3cret", "two")
+    assert "s3cret" not in repr(settings)
+    config_file.write_text("api_key: [[s3cret]]")
+    with pytest.raises(SettingsError) as raised:
+        load_settings({}, {}, config_file)
+    assert "s3cret" not in str(raised.value)
+
+
+def test_every_engine_setting_reaches_the_engine() -> None:
+    settings = Settings(
+        device="cpu",
+        dtype="float32",
+        load_format="dummy",
+        max_model_len=64,
+        max_num_seqs=3,
+        max_num_batched_tokens=128,
+        gpu_memory_utilization=0.5,
+        num_threads=2,
+        seed=7,
+        max_num_queued_reqs=9,
+    )
+    config = settings.engine_config(Path("here"))
+    for name in settings.model_fields_set:
+        assert getattr(config, name) == getattr(settings, name), name
+
+
+def test_the_example_file_names_every_setting_with_its_default() -> None:
+    lines = (REPO / "configs/serve.yaml").read_text().splitlines()
+    entries = [line.removeprefix("# ") for line in lines if line.startswith("# ") and ": " in line]
+    shown = {
+        key: value
+        for line in entries
+        if (key := line.split(":")[0]) in Settings.model_fields
+        for value in [yaml.safe_load(line)[key]]
+    }
+    assert list(shown) == list(Settings.model_fields)
+    for name, field in Settings.model_fields.items():
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        assert shown[name] == default, name
+
+
+def test_the_example_file_loads(config_file: Path) -> None:
+    assert load_settings({}, {}, REPO / "configs/serve.yaml") == Settings()
