@@ -1,0 +1,75 @@
+"""The HTTP application, assembled. Nothing happens at import, and nothing is loaded here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from server.errors import on_invalid_body, on_routing_error
+from server.guard import Guard, Limits
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.protocol.extras import UnknownFields
+from server.protocol.sampling import SamplingDefaults
+from server.routes import chat, completions, models, ops, tokenize
+from server.service import Service
+from server.sse import leave_draining_to_us
+from skipllm_core.client import EngineClient
+from skipllm_core.skip.profile import SkipDefaults, SkipProfile
+from skipllm_core.tokenizer import Tokenizer
+
+
+def build_app(
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    *,
+    model_name: str,
+    metrics: Metrics | None = None,
+    skip_defaults: SkipDefaults | None = None,
+    skip_profile: SkipProfile | None = None,
+    sampling_defaults: SamplingDefaults | None = None,
+    api_keys: Sequence[str] = (),
+    strict_params: bool = False,
+    limits: Limits | None = None,
+) -> FastAPI:
+    """The application over an engine that may still be starting: until it is ready, /ready and
+    the API answer 503. Whoever runs it drains it through `app.state.lifecycle`."""
+    leave_draining_to_us()
+    if metrics is None:
+        metrics = Metrics(model_name)
+        metrics.watch(engine)
+    lifecycle = Lifecycle()
+    app = FastAPI(
+        title="SkipLLM",
+        version=version("skipllm"),
+        redoc_url=None,
+        strict_content_type=False,  # the guard has looked at it
+        exception_handlers={
+            HTTPException: on_routing_error,
+            RequestValidationError: on_invalid_body,
+        },
+    )
+    app.state.lifecycle = lifecycle
+    app.state.metrics = metrics
+    app.state.service = Service(
+        engine=engine,
+        tokenizer=tokenizer,
+        model_name=model_name,
+        metrics=metrics,
+        lifecycle=lifecycle,
+        unknown_fields=UnknownFields(is_strict=strict_params),
+        sampling_defaults=sampling_defaults or SamplingDefaults(),
+        skip_defaults=skip_defaults or SkipDefaults(),
+        skip_profile=skip_profile,
+        version=app.version,
+        created=int(time.time()),
+    )
+    for routes in (chat, completions, models, tokenize, ops):
+        app.include_router(routes.router)
+    app.add_middleware(Guard, api_keys=api_keys, limits=limits or Limits(), metrics=metrics)
+    return app

@@ -1,0 +1,186 @@
+"""A request under way: its sequences' outputs, merged and turned into text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from server.errors import HTTPError
+from server.guard import CLIENT_LEFT
+from server.lifecycle import Lifecycle
+from server.metrics import RequestMetrics
+from skipllm_core.client import RequestStream
+from skipllm_core.detokenizer import Detokenizer
+from skipllm_core.errors import SkipLLMError
+from skipllm_core.types import FinishReason, SeqOutput, SkipUsage, TokenLogprobs
+
+
+class SequenceFailedError(SkipLLMError):
+    """The engine gave up on one sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What came anew for one choice. Tokens whose text is held back come with that text, so
+    `text`, `logprobs` and the rest belong together; all are empty while it is held."""
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()  # of the tokens that are text
+    skipped_layers: tuple[tuple[int, ...], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Choice:
+    """One sequence and its text."""
+
+    def __init__(self, index: int, stream: RequestStream, detokenizer: Detokenizer) -> None:
+        self.stream = stream
+        self.num_tokens = 0
+        self.skip_usage = SkipUsage()
+        self.finish_reason: FinishReason | None = None
+        self._index = index
+        self._detokenizer = detokenizer
+        self._held: list[SeqOutput] = []
+
+    def take(self, output: SeqOutput) -> tuple[SeqOutput, Delta]:
+        """Adds an output; returns it, cut after a stop string, and what it means for the client."""
+        text, num_taken = self._read(output)
+        if self._detokenizer.stopped_by is not None:
+            self.stream.close()
+            output = _cut(output, num_taken)
+        elif output.finish_reason is not None:
+            text += self._detokenizer.flush()
+        self.num_tokens += len(output.token_ids)
+        self.skip_usage = output.skip_usage or self.skip_usage
+        self.finish_reason = output.finish_reason
+        self._held.append(output)
+        if not text and output.finish_reason is None:
+            return output, Delta(self._index)
+        held, self._held = self._held, []
+        return output, Delta(
+            self._index,
+            text,
+            tuple(i for part in held for i in part.token_ids),
+            tuple(pair for part in held for pair in _logprobs_of_text(part)),
+            tuple(layers for part in held for layers in part.skipped_layers),
+            output.finish_reason,
+        )
+
+    def _read(self, output: SeqOutput) -> tuple[str, int]:
+        """The text released, and how many tokens there are up to a stop string's end."""
+        num_text_tokens = len(output.token_ids) - (output.stop_token_id is not None)
+        text = ""
+        for position, token_id in enumerate(output.token_ids[:num_text_tokens]):
+            text += self._detokenizer.add(token_id)
+            if self._detokenizer.stopped_by is not None:
+                return text, position + 1
+        return text, len(output.token_ids)
+
+
+class Generation:
+    """All choices of one request, as one stream of deltas.
+
+    Whoever starts to iterate has to `close` it in the end: that aborts what is unfinished, and
+    settles the request's metrics.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        *,
+        num_prompt_tokens: int,
+        recorder: RequestMetrics,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.choices = choices
+        self._recorder = recorder
+        self._lifecycle = lifecycle
+        self._was_interrupted = False
+        lifecycle.begin(self)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """One delta for each output of the engine, empty ones included."""
+        async for index, output in _merged([choice.stream for choice in self.choices]):
+            if output.finish_reason == "error":
+                raise SequenceFailedError(output.error)
+            taken, delta = self.choices[index].take(output)
+            self._recorder.output(taken)
+            yield delta
+        if self._was_interrupted:
+            raise HTTPError(
+                503, "The server is shutting down.", code="overloaded", headers={"retry-after": "5"}
+            )
+        assert all(choice.finish_reason for choice in self.choices), "a stream ended too early"
+
+    def succeed(self) -> None:
+        """The answer is complete."""
+        reasons = {choice.finish_reason for choice in self.choices}
+        self._recorder.finished(200, "length" if "length" in reasons else "stop")
+        self.close()
+
+    def fail(self, status: int) -> None:
+        """The answer ended with an error, in a response of `status`."""
+        self._recorder.finished(status, "error")
+        self.close()
+
+    def interrupt(self) -> None:
+        self._was_interrupted = True
+        self._close_streams()
+
+    def close(self) -> None:
+        """Ends it: without `succeed` or `fail` before, the client has left. Never waits; may be
+        called more than once."""
+        self._recorder.finished(CLIENT_LEFT, "abort")
+        self._close_streams()
+        self._lifecycle.end(self)
+
+    def _close_streams(self) -> None:
+        for choice in self.choices:
+            choice.stream.close()
+
+
+def _cut(output: SeqOutput, num_tokens: int) -> SeqOutput:
+    """The output as if the sequence had ended with its first `num_tokens` tokens."""
+    return replace(
+        output,
+        token_ids=output.token_ids[:num_tokens],
+        logprobs=output.logprobs[:num_tokens],
+        skipped_layers=output.skipped_layers[:num_tokens],
+        finish_reason="stop",
+        stop_token_id=None,
+    )
+
+
+def _logprobs_of_text(output: SeqOutput) -> list[tuple[int, TokenLogprobs]]:
+    pairs = list(zip(output.token_ids, output.logprobs, strict=False))
+    return pairs[:-1] if output.stop_token_id is not None else pairs
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, SeqOutput]]:
+    """The outputs of all streams as they come, with the index of the stream."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    reads = {asyncio.ensure_future(_next(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while reads:
+            done, _ = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
+            for read in sorted(done, key=reads.__getitem__):
+                index = reads.pop(read)
+                output_or_end = read.result()
+                if output_or_end is None:
+                    continue
+                yield index, output_or_end
+                reads[asyncio.ensure_future(_next(streams[index]))] = index
+    finally:
+        for read in reads:
+            read.cancel()
+
+
+async def _next(stream: RequestStream) -> SeqOutput | None:
+    return await anext(stream, None)

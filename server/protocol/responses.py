@@ -1,0 +1,87 @@
+"""The parts that answers share: usage, log probabilities, token texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from skipllm_core.tokenizer import Tokenizer
+from skipllm_core.types import SkipUsage, TokenLogprobs
+
+_LOWEST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+def usage(
+    num_prompt_tokens: int, num_generated_tokens: int, skips: Iterable[SkipUsage] = ()
+) -> dict[str, Any]:
+    """The `usage` block; `skips` of all the request's sequences are added up."""
+    skips = list(skips)
+    skip = SkipUsage(
+        skipped_ffn_blocks=sum(skip.skipped_ffn_blocks for skip in skips),
+        total_ffn_blocks=sum(skip.total_ffn_blocks for skip in skips),
+        warmup_tokens=sum(skip.warmup_tokens for skip in skips),
+    )
+    block: dict[str, Any] = {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated_tokens,
+        "total_tokens": num_prompt_tokens + num_generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    if skips:
+        block["skip"] = {
+            "token_skip_ratio": skip.token_skip_ratio,
+            "skipped_ffn_blocks": skip.skipped_ffn_blocks,
+            "total_ffn_blocks": skip.total_ffn_blocks,
+            "warmup_tokens": skip.warmup_tokens,
+        }
+    return block
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token alone, as OpenAI shows it: `bytes:\\xe2\\x80` where it is no whole characters."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[tuple[int, TokenLogprobs]]
+) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": token_text(tokenizer, token_id),
+            "logprob": max(logprob, _LOWEST_LOGPROB),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
+
+    content = [
+        entry(token_id, found.logprob) | {"top_logprobs": [entry(*top) for top in _top(found)]}
+        for token_id, found in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[tuple[int, TokenLogprobs]], offset: int
+) -> dict[str, Any]:
+    """The legacy object; `offset` is where the first token's text begins."""
+    texts, offsets, top_logprobs = [], [], []
+    for token_id, found in tokens:
+        text = token_text(tokenizer, token_id)
+        texts.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        top = {token_text(tokenizer, i): max(value, _LOWEST_LOGPROB) for i, value in _top(found)}
+        top_logprobs.append(top | {text: max(found.logprob, _LOWEST_LOGPROB)})
+    return {
+        "tokens": texts,
+        "token_logprobs": [max(found.logprob, _LOWEST_LOGPROB) for _, found in tokens],
+        "top_logprobs": top_logprobs,
+        "text_offset": offsets,
+    }
+
+
+def _top(found: TokenLogprobs) -> Iterable[tuple[int, float]]:
+    return zip(found.top_ids, found.top_logprobs, strict=True)

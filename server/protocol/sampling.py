@@ -1,0 +1,161 @@
+"""From a request's parameters to the engine's: every default is resolved here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from server.protocol.base import GenerationRequest, Wire
+from server.protocol.chat import ChatRequest
+from server.protocol.completions import CompletionRequest
+from skipllm_core.errors import ContextLengthError, InvalidRequestError
+from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
+from skipllm_core.types import EngineInfo, SamplingParams, SkipParams
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat fills the context
+
+
+class SamplingDefaults(Wire):
+    """What a model's generation_config.json recommends; a request's own values come first.
+
+    `do_sample: false` there is a recommendation too: greedy.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of_model(cls, model_dir: Path) -> SamplingDefaults:
+        """The recommendations within the bounds that requests have; none if there is no file."""
+        try:
+            config = json.loads((model_dir / "generation_config.json").read_text("utf-8"))
+            given = {
+                name: config[name] for name in cls.model_fields if config.get(name) is not None
+            }
+            if config.get("do_sample") is False:
+                given["temperature"] = 0.0
+            GenerationRequest.model_validate(given)
+        except (OSError, ValueError, AttributeError, ValidationError):
+            return cls()
+        return cls(**given)
+
+
+def to_sampling_params(
+    request: ChatRequest | CompletionRequest,
+    *,
+    num_prompt_tokens: int,
+    info: EngineInfo,
+    defaults: SamplingDefaults,
+    eos_token_ids: tuple[int, ...],
+    skip: SkipParams,
+) -> SamplingParams:
+    """The parameters of a request's first choice. Raises InvalidRequestError, and
+    ContextLengthError for a prompt that leaves no room."""
+    room = info.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthError(
+            max_model_len=info.max_model_len, num_prompt_tokens=num_prompt_tokens
+        )
+    max_tokens = _max_tokens(request)
+    min_tokens = request.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"Invalid 'min_tokens': expected at most max_tokens ({max_tokens}), "
+            f"but got {min_tokens} instead.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    max_tokens = min(max_tokens or room, room)
+    logit_bias = request.logit_bias or ()
+    stop_token_ids = tuple(request.stop_token_ids or ())
+    _check_token_ids("logit_bias", (token_id for token_id, _ in logit_bias), info)
+    _check_token_ids("stop_token_ids", stop_token_ids, info)
+    if not request.ignore_eos:
+        stop_token_ids += eos_token_ids
+    top_k = _given(request.top_k, defaults.top_k)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(min_tokens, max_tokens),
+        temperature=_given(request.temperature, defaults.temperature),
+        top_p=_given(request.top_p, defaults.top_p),
+        top_k=min(max(top_k, 0), info.vocab_size),
+        min_p=_given(request.min_p, defaults.min_p),
+        repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=logit_bias,
+        seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
+        logprobs=_num_logprobs(request),
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
+        skip=skip,
+    )
+
+
+def to_skip_params(
+    request: GenerationRequest, defaults: SkipDefaults, profile: SkipProfile | None
+) -> SkipParams:
+    wish = request.skip
+    options = None if wish is None else SkipOptions(**wish.model_dump())
+    return resolve_skip(defaults, profile, options)
+
+
+def check_combinations(request: ChatRequest | CompletionRequest) -> None:
+    """Refuses parameters that contradict each other or that only the pair makes unsupported."""
+    if request.stream_options is not None and not request.stream:
+        raise _needs("stream_options", "stream")
+    if isinstance(request, CompletionRequest):
+        if request.echo and request.logprobs is not None:
+            raise InvalidRequestError(
+                "Unsupported parameter: 'echo' is not supported together with 'logprobs'.",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        return
+    if request.top_logprobs and not request.logprobs:
+        raise _needs("top_logprobs", "logprobs")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequestError(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+            param="continue_final_message",
+            code="invalid_value",
+        )
+
+
+def _needs(param: str, other: str) -> InvalidRequestError:
+    message = f"Invalid '{param}': only allowed when '{other}' is true."
+    return InvalidRequestError(message, param=param, code="invalid_value")
+
+
+def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    return request.max_completion_tokens or request.max_tokens
+
+
+def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _check_token_ids(param: str, token_ids: Iterable[int], info: EngineInfo) -> None:
+    for token_id in token_ids:
+        if token_id >= info.vocab_size:
+            raise InvalidRequestError(
+                f"Invalid '{param}': token id {token_id} is outside the vocabulary of "
+                f"{info.vocab_size}.",
+                param=param,
+                code="invalid_value",
+            )
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value

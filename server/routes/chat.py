@@ -1,0 +1,130 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import functools
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from server.errors import HTTPError
+from server.generation import Delta
+from server.protocol.chat import ChatRequest
+from server.protocol.responses import chat_logprobs
+from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.strict import StrictRouter
+from server.service import Service
+from skipllm_core.errors import ContextLengthError
+
+router = StrictRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    refuse_early(service, body)
+    try:
+        prompt_ids = await unless_disconnected(request.receive, encode_chat(service, body))
+        generation = submit(service, request, body, [prompt_ids])
+    except ContextLengthError as error:
+        raise context_error(error) from None
+    return await answer(request, body, generation, ChatForm(service, body, prompt_ids))
+
+
+async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
+    messages = body.messages_for_template
+    options = body.chat_template_kwargs
+    encode = functools.partial(
+        service.tokenizer.encode_chat,
+        messages,
+        add_generation_prompt=body.add_generation_prompt is not False
+        and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+        options=options.model_dump(exclude_none=True) if options is not None else None,
+    )
+    return await service.encode(sum(len(message["content"]) for message in messages), encode)
+
+
+def context_error(error: ContextLengthError) -> HTTPError:
+    return HTTPError(
+        400,
+        f"This model's maximum context length is {error.max_model_len} tokens. However, your "
+        f"messages resulted in {error.num_prompt_tokens} tokens. Please reduce the length of the "
+        "messages.",
+        param="messages",
+        code="context_length_exceeded",
+    )
+
+
+class ChatForm:
+    def __init__(self, service: Service, body: ChatRequest, prompt_ids: list[int]) -> None:
+        self._tokenizer = service.tokenizer
+        self._body = body
+        self._prompt_ids = prompt_ids
+        self._head = {
+            "id": f"chatcmpl-{body.request_id or uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.model_name,
+            "system_fingerprint": service.fingerprint,
+        }
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._body.n or 1):
+            chunk = self._chunk(index, {"role": "assistant", "content": ""})
+            if self._body.return_token_ids and index == 0:
+                chunk["prompt_token_ids"] = self._prompt_ids
+            yield chunk
+
+    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        if delta.text:
+            chunk = self._chunk(delta.index, {"content": delta.text})
+        else:  # its last tokens, which have no text
+            chunk = self._chunk(delta.index, {}, delta.finish_reason)
+        self._add_details(chunk["choices"][0], delta)
+        if delta.skipped_layers:
+            chunk["skip"] = {"skipped_layers": delta.skipped_layers}
+        yield chunk
+        if delta.text and delta.finish_reason is not None:
+            yield self._chunk(delta.index, {}, delta.finish_reason)
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": []}
+
+    def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
+        choices = []
+        for delta in answers:
+            choice: dict[str, Any] = {
+                "index": delta.index,
+                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": delta.finish_reason,
+            }
+            self._add_details(choice, delta)
+            if delta.skipped_layers:
+                choice["skip"] = {"skipped_layers": delta.skipped_layers}
+            choices.append(choice)
+        content = {**self._head, "object": "chat.completion", "choices": choices}
+        if self._body.return_token_ids:
+            content["prompt_token_ids"] = self._prompt_ids
+        return content
+
+    def _chunk(
+        self, index: int, delta: dict[str, str], finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
+        if self._body.logprobs:
+            choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids

@@ -1,0 +1,114 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from server.errors import HTTPError
+from server.generation import Delta
+from server.protocol.completions import CompletionRequest, Prompt
+from server.protocol.responses import completion_logprobs
+from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.strict import StrictRouter
+from server.service import Service
+from skipllm_core.errors import ContextLengthError
+
+router = StrictRouter()
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    refuse_early(service, body)
+    try:
+        prompts = await unless_disconnected(
+            request.receive, asyncio.gather(*(_encode(service, p) for p in body.prompts))
+        )
+        generation = submit(service, request, body, prompts)
+    except ContextLengthError as error:
+        raise HTTPError(400, str(error), param="prompt", code=error.code) from None
+    return await answer(request, body, generation, CompletionForm(service, body, prompts))
+
+
+async def _encode(service: Service, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    return await service.encode(len(prompt), functools.partial(service.tokenizer.encode, prompt))
+
+
+class CompletionForm:
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompts: Sequence[list[int]]
+    ) -> None:
+        self._tokenizer = service.tokenizer
+        self._body = body
+        self._prompts = prompts
+        self._head = {
+            "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+            "system_fingerprint": service.fingerprint,
+        }
+        self._num_chars = [0] * len(prompts) * (body.n or 1)  # of each choice's text so far
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        if self._body.echo:
+            for index in range(len(self._num_chars)):
+                yield self._chunk(self._choice(Delta(index, self._echoed(index))))
+
+    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        chunk = self._chunk(self._choice(delta))
+        if delta.skipped_layers:
+            chunk["skip"] = {"skipped_layers": delta.skipped_layers}
+        yield chunk
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self._head, "choices": []}
+
+    def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
+        choices = []
+        for delta in answers:
+            choice = self._choice(delta)
+            if self._body.echo:
+                choice["text"] = self._echoed(delta.index) + choice["text"]
+            if delta.skipped_layers:
+                choice["skip"] = {"skipped_layers": delta.skipped_layers}
+            if self._body.return_token_ids:
+                choice["prompt_token_ids"] = self._prompt_ids(delta.index)
+            choices.append(choice)
+        return {**self._head, "choices": choices}
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+        }
+        if self._body.logprobs is not None:
+            offset = self._num_chars[delta.index]
+            choice["logprobs"] = completion_logprobs(self._tokenizer, delta.logprobs, offset)
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        self._num_chars[delta.index] += len(delta.text)
+        return choice
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [choice]}
+
+    def _prompt_ids(self, index: int) -> list[int]:
+        return self._prompts[index // (self._body.n or 1)]
+
+    def _echoed(self, index: int) -> str:
+        """The prompt's text, as it was given or, for ids, as it reads."""
+        prompt = self._body.prompts[index // (self._body.n or 1)]
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)

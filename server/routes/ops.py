@@ -1,0 +1,96 @@
+"""What operators and their tools ask: health, readiness, metrics, version, what is running."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import Request
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import Response
+
+from server.errors import json_response
+from server.routes.strict import StrictRouter
+from server.service import Service
+from skipllm_core.skip.profile import SkipProfile
+
+router = StrictRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the engine is ready; draining is no illness."""
+    found = _service(request).engine.health()
+    status = 200 if found.state == "ready" else 503
+    return json_response({"status": found.state, "detail": found.detail}, status)
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 while new requests are welcome: not while loading, restarting or draining."""
+    service = _service(request)
+    state = service.engine.health().state
+    status = "draining" if service.lifecycle.is_draining else state
+    return json_response({"status": status}, 200 if status == "ready" else 503)
+
+
+@router.get("/live")
+async def live() -> Response:
+    """200 while the process answers at all."""
+    return json_response({"status": "alive"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    content = _service(request).metrics.render()
+    return Response(content, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+@router.get("/version")
+async def version(request: Request) -> Response:
+    return json_response({"version": _service(request).version})
+
+
+@router.get("/server_info")
+async def server_info(request: Request) -> Response:
+    service = _service(request)
+    service.check_ready()
+    profile = service.skip_profile
+    return json_response(
+        {
+            "version": service.version,
+            "model": service.model_name,
+            "engine": dataclasses.asdict(service.engine.info),
+            "sampling_defaults": service.sampling_defaults.model_dump(),
+            "skip": {
+                "defaults": dataclasses.asdict(service.skip_defaults),
+                "profile": None if profile is None else _summary(profile),
+            },
+            "num_running_requests": service.lifecycle.num_running,
+            "num_unknown_fields_ignored": service.unknown_fields.num_ignored,
+        }
+    )
+
+
+def _summary(profile: SkipProfile) -> dict[str, Any]:
+    return {
+        "model": profile.model,
+        "cold_start": profile.cold_start,
+        "cold_end": profile.cold_end,
+        "warmup_tokens": profile.warmup_tokens,
+        "max_ratio": profile.max_ratio,
+        "points": [
+            {
+                "threshold": point.threshold,
+                "token_skip_ratio": point.token_skip_ratio,
+                "top1_agreement": point.top1_agreement,
+                "kl": point.kl,
+            }
+            for point in profile.points
+        ],
+    }
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,80 @@
+"""POST /tokenize and /detokenize"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated
+
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from server.errors import json_response
+from server.protocol.base import TokenId, Wire
+from server.protocol.chat import MAX_MESSAGES, ChatMessage, ChatRequest
+from server.routes.chat import encode_chat
+from server.routes.strict import StrictRouter
+from server.service import Service
+from skipllm_core.errors import ContextLengthError, InvalidRequestError
+
+router = StrictRouter()
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class TokenizeRequest(Wire):
+    """Exactly one of `prompt`, `content` (the same) and `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class DetokenizeRequest(Wire):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_ready()
+    service.check_model(body.model)
+    given = [v for v in (body.prompt, body.content, body.messages) if v is not None]
+    if len(given) != 1:
+        raise InvalidRequestError("Give exactly one of 'prompt', 'content' and 'messages'.")
+    try:
+        token_ids = await _encode(service, body)
+    except ContextLengthError as error:
+        raise InvalidRequestError(str(error), param="prompt", code=error.code) from None
+    max_model_len = service.engine.info.max_model_len
+    return json_response(
+        {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+    )
+
+
+async def _encode(service: Service, body: TokenizeRequest) -> list[int]:
+    if body.messages is not None:
+        chat = ChatRequest(
+            messages=body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
+        return await encode_chat(service, chat)
+    text = body.prompt if body.prompt is not None else body.content
+    assert text is not None
+    encode = functools.partial(
+        service.tokenizer.encode, text, add_special_tokens=body.add_special_tokens
+    )
+    return await service.encode(len(text), encode)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    return json_response({"prompt": service.tokenizer.decode(body.tokens)})

@@ -1,0 +1,232 @@
+"""Text to token ids and back, on the `tokenizers` library (transformers would import torch)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from skipllm_core.chat_template import ChatTemplate, Message, template_of
+from skipllm_core.errors import ConfigError, InvalidRequestError
+
+
+class Tokenizer(Protocol):
+    """What the server needs of a tokenizer. Implementations: HFTokenizer, ByteTokenizer."""
+
+    eos_token_ids: tuple[int, ...]  # end a sequence unless the request ignores them
+    max_token_chars: int  # no token spells more characters than this
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a raw prompt. Control tokens spelled in it are control tokens."""
+        ...
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """Ids of a chat under the model's template. Control tokens spelled in the messages stay
+        plain text. Raises InvalidRequestError where the template refuses the messages."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, which may be part of a character; a special
+        token's spelling; nothing for an id beyond the vocabulary."""
+        ...
+
+    def is_special(self, token_id: int) -> bool: ...
+
+
+class HFTokenizer:
+    """The tokenizer of a Hugging Face model directory.
+
+    Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and the end-of-sequence ids of
+    generation_config.json and config.json. Raises ConfigError if they are missing or unusable.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist; only fast tokenizers are supported")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        self._tokenizer.no_truncation()  # both may be stored in the file
+        self._tokenizer.no_padding()
+        config = _read_json(model_dir / "tokenizer_config.json")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._piece_bytes = _piece_decoder(self._tokenizer, path)
+        self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
+        self.eos_token_ids = self._find_eos_ids(model_dir, config)
+        self._chat_template = self._load_chat_template(model_dir, config)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        if self._chat_template is None:
+            raise InvalidRequestError(
+                "This model has no chat template; use /v1/completions.", param="messages"
+            )
+        pieces = self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            options=options,
+        )
+        # The template writes the begin-of-sequence token itself.
+        return [i for piece in pieces for i in self.encode(piece, add_special_tokens=False)]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        added = self._added.get(token_id)
+        if added is not None:
+            return added.encode()
+        piece = self._tokenizer.id_to_token(token_id)
+        return b"" if piece is None else self._piece_bytes(piece)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def _find_eos_ids(self, model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+        ids: set[int] = set()
+        spelled = _spelling(config.get("eos_token"))
+        if spelled is not None and (eos := self._tokenizer.token_to_id(spelled)) is not None:
+            ids.add(eos)
+        for name in ("generation_config.json", "config.json"):
+            found = _read_json(model_dir / name).get("eos_token_id")
+            ids.update(i for i in _as_list(found) if type(i) is int and i >= 0)
+        return tuple(sorted(ids))
+
+    def _load_chat_template(
+        self, model_dir: Path, config: Mapping[str, Any]
+    ) -> ChatTemplate | None:
+        jinja_file = model_dir / "chat_template.jinja"
+        source = template_of(
+            config, jinja_file.read_text("utf-8") if jinja_file.is_file() else None
+        )
+        if source is None:
+            return None
+        variables = {
+            key: spelled
+            for key, value in config.items()
+            if key.endswith("_token") and (spelled := _spelling(value)) is not None
+        }
+        return ChatTemplate(
+            source,
+            special_tokens=[self._added[token_id] for token_id in self._special_ids],
+            added_tokens=self._added.values(),
+            variables=variables,
+        )
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes, then two control tokens. For tests: every text and id is obvious."""
+
+    BOS, EOS = 256, 257
+    eos_token_ids: tuple[int, ...] = (EOS,)
+    max_token_chars = 1
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [self.BOS] * add_special_tokens + list(text.encode())
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        options: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """`role: content` lines; a continued last one has no line end."""
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            text = text[:-1]
+        elif add_generation_prompt:
+            text += "assistant: "
+        return self.encode(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        kept = (i for i in token_ids if not (skip_special_tokens and self.is_special(i)))
+        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id < 256:
+            return bytes([token_id])
+        return {self.BOS: b"<s>", self.EOS: b"</s>"}.get(token_id, b"")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in (self.BOS, self.EOS)
+
+
+def _piece_decoder(tokenizer: tokenizers.Tokenizer, path: Path) -> Any:
+    """How a vocabulary entry spells bytes: the two ways of the Llama, Mistral and Qwen families."""
+    decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"], ensure_ascii=False)
+    if '"ByteLevel"' in decoder:
+        byte_of = _byte_level_alphabet()
+        return lambda piece: bytes(byte_of[char] for char in piece)
+    if '"ByteFallback"' in decoder or '"Metaspace"' in decoder:
+        return _sentencepiece_bytes
+    raise ConfigError(f"{path}: unsupported decoder; ByteLevel, ByteFallback and Metaspace are")
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the other
+    bytes, in order, for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return content
+
+
+def _spelling(token: object) -> str | None:
+    """A token as tokenizer_config.json writes it: plain, or as an object with its content."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
