@@ -124,7 +124,8 @@ async def _serve(
             if profile is None:
                 print_line(
                     "This model has no skip profile, so nothing is skipped. "
-                    f"To make one: skipllm calibrate {model_dir}"
+                    f"To make one: skipllm calibrate {settings.model_name} "
+                    "--prompts PROMPTS.jsonl --out skip.yaml"
                 )
         await serving
     finally:

@@ -75,6 +75,9 @@ class Settings(BaseModel):
     max_model_len: int | None = _setting(
         "Model", None, "Longest prompt plus answer, in tokens; by default, the model's own.", ge=2
     )
+    quantization: Literal["none"] = _setting(
+        "Model", "none", "Weights are served in --dtype; quantized ones are not supported yet."
+    )
     seed: int = _setting("Model", 0, "Seed of dummy weights.", ge=0, lt=2**63)
 
     max_num_seqs: int = _setting(
@@ -93,6 +96,9 @@ class Settings(BaseModel):
         "Engine", 0.9, "Share of the GPU's memory to use when --kv-cache-memory is not set.",
         gt=0, le=1,
     )  # fmt: skip
+    enforce_eager: bool = _setting(
+        "Engine", False, "No CUDA graphs. There are none yet: the decode step is eager anyway."
+    )
     num_threads: int | None = _setting(
         "Engine", None, "Threads of the worker on CPU; by default, all cores.", ge=1, le=1024
     )
@@ -120,6 +126,16 @@ class Settings(BaseModel):
         None,
         "First generated tokens that are decoded in full; by default, the profile's.",
         ge=0,
+    )
+    max_skips: int | None = _setting(
+        "Skipping", None, "FFN blocks that one token may skip at most; by default, any number.",
+        ge=0,
+    )  # fmt: skip
+    skip_batch: Literal["row_exact"] = _setting(
+        "Skipping",
+        "row_exact",
+        "What rows of a batch that disagree do; row_exact: each skips by itself, so that no "
+        "answer depends on its batch mates.",
     )
 
     host: str = _setting("Server", "127.0.0.1", "Address to listen on; 0.0.0.0: every interface.")
@@ -186,6 +202,7 @@ class Settings(BaseModel):
             ratio=ratio,
             threshold=self.skip_threshold,
             warmup_tokens=self.warmup_tokens,
+            max_skips=self.max_skips,
         )
         try:
             resolve_skip(defaults, profile, None)
