@@ -59,9 +59,10 @@ def describe_skipping(defaults: SkipDefaults, params: SkipParams) -> str:
     if params.policy == "never":
         return "off"
     wanted = "" if defaults.ratio is None else f"ratio {defaults.ratio:g}, "
+    full_tokens = f"{params.warmup_tokens} full token{'s' * (params.warmup_tokens != 1)}"
     return (
-        f"{params.policy}, {wanted}threshold {params.threshold:.4f} in layers "
-        f"{params.cold_start} to {params.cold_end - 1}, after {params.warmup_tokens} full tokens"
+        f"{params.policy}, {wanted}threshold {params.threshold:.6g} in layers "
+        f"{params.cold_start} to {params.cold_end - 1}, after {full_tokens}"
     )
 
 

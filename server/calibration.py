@@ -28,6 +28,8 @@ def run_calibration(
 ) -> None:
     """Measures the model on the prompts and writes its profile. Raises ConfigError."""
     assert settings.model is not None
+    if not out.parent.is_dir():  # better told now than after the measurement
+        raise SettingsError(f"cannot write {out}: {out.parent} is not a directory")
     model_dir = resolve_model(settings.model)
     prompts = read_prompts(prompts_file, HFTokenizer(model_dir))
     console = Console(stderr=True, highlight=False)
@@ -53,7 +55,8 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(f"cannot read {path}: {reason}") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -76,7 +79,7 @@ def _summary(profile: SkipProfile) -> Table:
     for point in profile.points:
         table.add_row(
             f"{point.target_ratio:.0%}",
-            f"{point.threshold:.4f}",
+            f"{point.threshold:.6f}",
             f"{point.token_skip_ratio:.3f}",
             f"{point.top1_agreement:.3f}",
             f"{point.kl:.4f}",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from server.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, SettingsError, load_settings
 from skipllm_core.errors import ConfigError
@@ -25,9 +26,26 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of flags at 80 columns
 )
 
 _METAVARS: dict[object, str] = {int: "INT", float: "FLOAT", ByteSize: "SIZE", Path: "FILE"}
+
+
+class _Command(TyperCommand):
+    """Shows its options under the headings that they name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for parameter in self.get_params(ctx):
+            heading = getattr(parameter, "rich_help_panel", None) or "Options"
+            if parameter.param_type_name == "argument":
+                heading = "Arguments"
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 def main() -> None:
@@ -104,9 +122,10 @@ def _takes_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Cal
 
 
 @app.command(
+    cls=_Command,
     epilog=f"Every option is also an environment variable, as {ENV_PREFIX}MAX_MODEL_LEN, and a key "
     "of the --config file, as max_model_len. The command line wins over the environment, and "
-    "that over the file."
+    "that over the file.",
 )
 @_takes_settings(Settings.model_fields)
 def serve(
@@ -128,10 +147,12 @@ def serve(
         raise typer.Exit(run_server(settings))
 
 
-@app.command()
+@app.command(cls=_Command)
 @_takes_settings(("device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs"))
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A local directory or a Hugging Face id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A local directory or a Hugging Face id.")
+    ],
     *,
     prompts: Annotated[
         Path,
@@ -145,10 +166,11 @@ def calibrate(
         Path, typer.Option(metavar="FILE", help="Where to write the profile, as MODEL/skip.yaml.")
     ],
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate for each prompt.")
+        int, typer.Option(metavar="INT", min=1, help="Tokens to generate for each prompt.")
     ] = 128,
     warmup_tokens: Annotated[
-        int, typer.Option(min=0, help="First generated tokens that are decoded in full.")
+        int,
+        typer.Option(metavar="INT", min=0, help="First generated tokens that are decoded in full."),
     ] = DEFAULT_WARMUP_TOKENS,
     **flags: Any,
 ) -> None:

@@ -1,4 +1,5 @@
-"""Every failure as OpenAI's error object. Exceptions are raised anywhere and translated here."""
+"""Every failure as OpenAI's error object. Exceptions are raised anywhere, translated here and
+answered by the guard."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
 from fastapi.exceptions import RequestValidationError
@@ -80,13 +81,9 @@ def reply_to(error: Exception) -> ErrorReply:
             return ErrorReply(error.status, str(error), error.param, error.code, error.headers)
         case InvalidRequestError():
             return ErrorReply(400, str(error), error.param, error.code)
-        case RequestValidationError():
-            return reply_to(first_fault(error.errors()))
         case OverloadedError():
             headers = {"retry-after": str(math.ceil(error.retry_after_s))}
             return ErrorReply(503, OVERLOADED, code="overloaded", headers=headers)
-        case HTTPException() if error.status_code < 500:
-            return ErrorReply(error.status_code, error.detail, headers=error.headers or {})
         case _:
             return ErrorReply(500, INTERNAL)
 
@@ -106,18 +103,19 @@ def json_response(
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
-async def on_routing_error(request: Request, error: Exception) -> Response:
+async def on_routing_error(request: Request, error: Exception) -> NoReturn:
     """404 and 405 of the router, in OpenAI's words."""
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
+    message, code = error.detail, None
     if error.status_code == 404:
         message = f"Unknown request URL: {request.method} {path}. Please check the URL for typos."
-        return ErrorReply(404, message, code="unknown_url").response()
+        code = "unknown_url"
     if error.status_code == 405:
         message = f"Not allowed to {request.method} on {path}."
-        return ErrorReply(405, message, headers=error.headers or {}).response()
-    return reply_to(error).response()
+    raise HTTPError(error.status_code, message, code=code, headers=error.headers)
 
 
-async def on_invalid_body(_: Request, error: Exception) -> Response:
-    return reply_to(error).response()
+async def on_invalid_body(_: Request, error: Exception) -> NoReturn:
+    assert isinstance(error, RequestValidationError)
+    raise first_fault(error.errors())

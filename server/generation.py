@@ -122,9 +122,9 @@ class Generation:
         self._recorder.finished(200, "length" if "length" in reasons else "stop")
         self.close()
 
-    def fail(self, status: int) -> None:
+    def fail(self, status: int, error: str) -> None:
         """The answer ended with an error, in a response of `status`."""
-        self._recorder.finished(status, "error")
+        self._recorder.finished(status, "error", error)
         self.close()
 
     def interrupt(self) -> None:

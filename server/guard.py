@@ -89,7 +89,10 @@ class Guard:
         except Exception as error:
             log_failure(error)
             if status is None:
-                await reply_to(error).response()(scope, receive, send_with_id)
+                reply = reply_to(error)
+                if recorder is not None:
+                    recorder.finished(reply.status, error=reply.message)
+                await reply.response()(scope, receive, send_with_id)
             # Else the stream just ends, and the server closes the connection.
         finally:
             if recorder is not None:

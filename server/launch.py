@@ -7,16 +7,20 @@ import logging
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import orjson
 import uvicorn
 import uvloop
 from prometheus_client import disable_created_metrics
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.app import build_app
 from server.banner import describe_skipping, print_banner, print_line
+from server.errors import ErrorReply
 from server.lifecycle import Lifecycle
 from server.logs import configure_logging
 from server.metrics import Metrics
@@ -25,6 +29,7 @@ from server.settings import Settings
 from skipllm_core.client import ProcessEngineClient
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import ConfigError
+from skipllm_core.model.config import load_model_config
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile, resolve_skip
@@ -45,6 +50,7 @@ def run_server(settings: Settings) -> int:
     with listen(settings.host, settings.port) as listener:  # a taken port is told before the load
         print_line(f"loading {settings.model_name} ...")
         model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+        load_model_config(model_dir)  # an unsupported model is told before anything else of it
         profile = find_profile(settings.skip_profile, model_dir)
         return uvloop.run(_serve(settings, model_dir, profile, listener))
 
@@ -68,7 +74,8 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        reason = (error.strerror or str(error)).partition(" (")[0]  # asyncio's, without the address
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}") from None
     with listener:
         yield listener
 
@@ -96,7 +103,7 @@ async def _serve(
     http = _HTTPServer(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HTTPProtocol,
             ws="none",
             lifespan="off",
             access_log=False,
@@ -123,9 +130,9 @@ async def _serve(
             )
             if profile is None:
                 print_line(
-                    "This model has no skip profile, so nothing is skipped. "
-                    f"To make one: skipllm calibrate {settings.model_name} "
-                    "--prompts PROMPTS.jsonl --out skip.yaml"
+                    "This model has no skip profile, so nothing is skipped. To make one: "
+                    f"skipllm calibrate {settings.model or model_dir} --prompts PROMPTS.jsonl "
+                    "--out skip.yaml; then serve with --skip-profile skip.yaml"
                 )
         await serving
     finally:
@@ -134,6 +141,20 @@ async def _serve(
         await asyncio.wait({loading, serving})
         await engine.close()
     return stop.exit_code
+
+
+class HTTPProtocol(HttpToolsProtocol):
+    """Refuses what is no HTTP, and so reaches no application, in the form of all other errors."""
+
+    def send_400_response(self, msg: str) -> None:
+        content = orjson.dumps(ErrorReply(400, msg).body)
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(content)}\r\nx-request-id: {uuid.uuid4().hex}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + content)
+        self.transport.close()
 
 
 class _HTTPServer(uvicorn.Server):

@@ -254,8 +254,11 @@ class RequestMetrics:
         times.last_s = now_s
         times.num_tokens += num_tokens
 
-    def finished(self, status: int, finish_reason: FinishLabel = "none") -> None:
-        """The request's end, whatever it was. Only the first call counts."""
+    def finished(
+        self, status: int, finish_reason: FinishLabel = "none", error: str | None = None
+    ) -> None:
+        """The request's end, whatever it was; `error` is what the client was told, for the log.
+        Only the first call counts."""
         if self._is_finished:
             return
         self._is_finished = True
@@ -281,6 +284,7 @@ class RequestMetrics:
             "ttft_s": None if self._ttft_s is None else round(self._ttft_s, 4),
             "latency_s": round(latency_s, 4),
             "token_skip_ratio": round(ratio, 4),
+            "error": error,
         }
         logger.info("request", extra=facts)
 

@@ -7,6 +7,7 @@ Command line, environment and YAML file all speak these names: `max_num_seqs` is
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,9 @@ DEFAULT_SKIP_RATIO = 0.25
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+# What Kubernetes sets in the pods beside a Service named `skipllm`, SKIPLLM_PORT=tcp://.. too.
+_SERVICE_LINK = re.compile(ENV_PREFIX + r"(SERVICE_(HOST|PORT).*|PORT_\d+_(TCP|UDP).*)")
+
 _HOW_MUCH_TO_SKIP = frozenset({"skip_ratio", "skip_threshold"})  # one or the other
 
 
@@ -42,9 +46,11 @@ class SettingsError(ConfigError):
 
 
 def _split_commas(value: object) -> object:
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
+    """`"a,b"` and `["a,b", "c"]` (a repeated flag) as their items; other things as they are."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return value
+    return [item.strip() for text in texts for item in text.split(",") if item.strip()]
 
 
 def _setting(panel: str, default: object, help_text: str, **constraints: Any) -> Any:
@@ -93,7 +99,7 @@ class Settings(BaseModel):
         "Engine", None, "Memory of the KV cache, as 4GiB or 512MB.", ge=1
     )
     gpu_memory_utilization: float = _setting(
-        "Engine", 0.9, "Share of the GPU's memory to use when --kv-cache-memory is not set.",
+        "Engine", 0.9, "Without --kv-cache-memory: the share of the GPU's memory to use.",
         gt=0, le=1,
     )  # fmt: skip
     enforce_eager: bool = _setting(
@@ -237,7 +243,7 @@ def load_settings(
         return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        message = first["msg"].replace("Input should be", "must be")
+        message = first["msg"].replace("Input should be", "must be").partition(", unable to")[0]
         if not first["loc"]:
             raise SettingsError(message.removeprefix("Value error, ")) from None
         name = str(first["loc"][0])
@@ -286,6 +292,8 @@ def _read_environ(environ: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        if _SERVICE_LINK.fullmatch(variable) or text.startswith(("tcp://", "udp://")):
             continue
         if variable not in variables:
             hint = nearest(variable, [*variables, CONFIG_VARIABLE])

@@ -30,6 +30,17 @@ def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
         read_prompts(file, ByteTokenizer())
 
 
+def test_what_cannot_be_read_or_written_is_told_before_the_measurement(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    run = skipllm("calibrate", "model", "--prompts", "p", "--out", f"{missing}/skip.yaml")
+    assert run.returncode == 2
+    assert run.stderr == (
+        f"error: cannot write {missing}/skip.yaml: {missing} is not a directory\n"
+    )
+    with pytest.raises(SettingsError, match=r"missing: No such file or directory$"):
+        read_prompts(missing, ByteTokenizer())
+
+
 @pytest.mark.slow
 def test_calibrate_writes_a_profile_of_the_model(dummy_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -57,4 +68,4 @@ def test_calibrate_writes_a_profile_of_the_model(dummy_model: Path, tmp_path: Pa
     profile.check_model(model_fingerprint(tmp_path))
     assert profile.warmup_tokens == 2
     assert profile.num_layers == 6
-    assert f"{profile.points[0].threshold:.4f}" in run.stderr
+    assert f"{profile.points[0].threshold:.6f}" in run.stderr

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,14 @@ def test_help_names_every_setting_with_its_help_and_default() -> None:
         assert field.description is not None
         assert field.description in words, name
     assert "Default: 2048." in words
+
+
+def test_help_shows_flags_whole_and_under_headings_in_a_narrow_terminal() -> None:
+    lines = skipllm("serve", "--help", COLUMNS="80").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {"Model:", "Engine:", "Skipping:", "Server:"} <= set(lines)
+    flags = {line.split()[0] for line in lines if line.startswith("  --")}
+    assert {flag_of(name) for name in Settings.model_fields} <= flags | {"MODEL"}
 
 
 def test_help_loads_neither_torch_nor_the_web_framework() -> None:
@@ -86,6 +95,23 @@ def test_a_model_that_is_not_there_ends_with_one_line_and_code_1() -> None:
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == "error: /nowhere/at/all: no such directory"
     assert "Traceback" not in run.stderr
+
+
+def test_an_unsupported_model_is_told_before_its_profile_and_its_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "skip.yaml").write_text("of: another model")
+    run = skipllm("serve", str(tmp_path), "--port", "0")
+    assert run.returncode == 1
+    assert "'gpt2' is not supported" in run.stderr.splitlines()[-1]
+    assert run.stdout == ""
+
+
+def test_a_taken_port_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = skipllm("serve", "--port", str(port))
+    assert run.returncode == 1
+    assert run.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_the_version_is_told() -> None:

@@ -38,7 +38,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
         ({"dtype": "int8"}, {}, "", "--dtype: must be 'auto', 'bfloat16'"),
         ({"skip_ratio": "nan"}, {}, "", "--skip-ratio: must be a finite number"),
         ({"kv_cache_memory": "-4GiB"}, {}, "", "--kv-cache-memory: "),
-        ({}, {"SKIPLLM_PORT": "tcp://10.0.0.1:80"}, "", "SKIPLLM_PORT: must be a valid integer"),
+        ({}, {"SKIPLLM_PORT": "80a"}, "", "PORT: must be a valid integer, but got '80a'"),
         ({}, {"SKIPLLM_SKIP_RATOI": "1"}, "", "RATOI; did you mean 'SKIPLLM_SKIP_RATIO'"),
         ({}, {}, "skip_ration: 0.1", "unknown key 'skip_ration' in .*mean 'skip_ratio'"),
         ({}, {}, "max_num_seqs: true", "'max_num_seqs' in .*: must be a valid integer"),
@@ -138,6 +138,18 @@ def test_an_empty_variable_counts_as_unset() -> None:
     assert load_settings({}, {"SKIPLLM_API_KEY": "", "SKIPLLM_PORT": ""}) == Settings()
 
 
+def test_the_variables_of_a_kubernetes_service_named_skipllm_are_not_ours() -> None:
+    links = {
+        "SKIPLLM_SERVICE_HOST": "10.0.0.1",
+        "SKIPLLM_SERVICE_PORT": "8000",
+        "SKIPLLM_SERVICE_PORT_HTTP": "8000",
+        "SKIPLLM_PORT": "tcp://10.0.0.1:8000",
+        "SKIPLLM_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "SKIPLLM_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    assert load_settings({}, links) == Settings()
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"), [("4GiB", 4 * 2**30), ("512MB", 512 * 10**6), ("1000", 1000)]
 )
@@ -153,6 +165,7 @@ def test_keys_come_from_repeated_flags_a_list_or_commas_and_are_never_shown(
     config_file.write_text("api_key: [one, two]")
     assert load_settings({}, {}, config_file).api_key == ("one", "two")
     assert load_settings({"api_key": ["one", "two"]}, {}).api_key == ("one", "two")
+    assert load_settings({"api_key": ["one, two", "three"]}, {}).api_key == ("one", "two", "three")
     settings = load_settings({}, {"SKIPLLM_API_KEY": "s3cret, two"})
     assert settings.api_key == ("s3cret", "two")
     assert "s3cret" not in repr(settings)

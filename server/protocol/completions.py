@@ -49,6 +49,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         list[Any], BeforeValidator(_prompts, str | list[str] | list[int] | list[list[int]])
     ]
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

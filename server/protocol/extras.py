@@ -19,12 +19,14 @@ def _is_false(value: object) -> bool:
 # Parameters of OpenAI's and vLLM's APIs that this server does not implement, and the values that
 # ask for nothing. `None` never asks for anything.
 _UNSUPPORTED: dict[str, Callable[[object], bool]] = {
+    "add_special_tokens": _is_false,  # of chats: their template says where such tokens stand
     "allowed_token_ids": _is_false,
     "audio": _is_false,
     "bad_words": _is_false,
     "best_of": lambda value: value == 1,
     "chat_template": _is_false,
     "documents": _is_false,
+    "echo": _is_false,  # of chats
     "function_call": lambda value: value in ("none", "auto"),
     "functions": _is_false,
     "guided_choice": _is_false,
@@ -38,6 +40,8 @@ _UNSUPPORTED: dict[str, Callable[[object], bool]] = {
     "priority": lambda value: value == 0,
     "prompt_embeds": _is_false,
     "prompt_logprobs": lambda value: value is False,
+    "return_token_strs": _is_false,
+    "return_tokens_as_token_ids": _is_false,
     "reasoning_effort": lambda value: value == "none",
     "response_format": lambda value: value == {"type": "text"},
     "spaces_between_special_tokens": lambda value: value is True,

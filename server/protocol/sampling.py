@@ -76,8 +76,8 @@ def to_sampling_params(
     max_tokens = min(max_tokens or room, room)
     logit_bias = request.logit_bias or ()
     stop_token_ids = tuple(request.stop_token_ids or ())
-    _check_token_ids("logit_bias", (token_id for token_id, _ in logit_bias), info)
-    _check_token_ids("stop_token_ids", stop_token_ids, info)
+    check_token_ids("logit_bias", (token_id for token_id, _ in logit_bias), info)
+    check_token_ids("stop_token_ids", stop_token_ids, info)
     if not request.ignore_eos:
         stop_token_ids += eos_token_ids
     top_k = _given(request.top_k, defaults.top_k)
@@ -146,7 +146,8 @@ def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
-def _check_token_ids(param: str, token_ids: Iterable[int], info: EngineInfo) -> None:
+def check_token_ids(param: str, token_ids: Iterable[int], info: EngineInfo) -> None:
+    """Raises InvalidRequestError for an id that the model has no logit of."""
     for token_id in token_ids:
         if token_id >= info.vocab_size:
             raise InvalidRequestError(

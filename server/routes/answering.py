@@ -109,7 +109,8 @@ async def answer(
         first = await unless_disconnected(http.receive, anext(deltas))
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, ClientDisconnectedError):
-            generation.fail(reply_to(error).status)
+            reply = reply_to(error)
+            generation.fail(reply.status, reply.message)
         generation.close()
         raise
     options = request.stream_options or StreamOptions()
@@ -156,8 +157,9 @@ async def _events(
         yield DONE
     except Exception as error:
         log_failure(error)
-        generation.fail(200)
-        yield event(reply_to(error).body)
+        reply = reply_to(error)
+        generation.fail(200, reply.message)
+        yield event(reply.body)
     finally:
         generation.close()
 

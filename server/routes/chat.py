@@ -65,8 +65,9 @@ class ChatForm:
         self._tokenizer = service.tokenizer
         self._body = body
         self._prompt_ids = prompt_ids
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"chatcmpl-{body.request_id or uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": service.model_name,
             "system_fingerprint": service.fingerprint,
@@ -92,7 +93,7 @@ class ChatForm:
             yield self._chunk(delta.index, {}, delta.finish_reason)
 
     def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": []}
+        return {**self._head, "choices": []}
 
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
         choices = []
@@ -107,7 +108,7 @@ class ChatForm:
             if delta.skipped_layers:
                 choice["skip"] = {"skipped_layers": delta.skipped_layers}
             choices.append(choice)
-        content = {**self._head, "object": "chat.completion", "choices": choices}
+        content = {**self._head, "choices": choices}
         if self._body.return_token_ids:
             content["prompt_token_ids"] = self._prompt_ids
         return content
@@ -121,7 +122,7 @@ class ChatForm:
             "logprobs": None,
             "finish_reason": finish_reason,
         }
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._head, "choices": [choice]}
 
     def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
         if self._body.logprobs:

@@ -30,7 +30,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     refuse_early(service, body)
     try:
         prompts = await unless_disconnected(
-            request.receive, asyncio.gather(*(_encode(service, p) for p in body.prompts))
+            request.receive, asyncio.gather(*(_encode(service, body, p) for p in body.prompts))
         )
         generation = submit(service, request, body, prompts)
     except ContextLengthError as error:
@@ -38,10 +38,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return await answer(request, body, generation, CompletionForm(service, body, prompts))
 
 
-async def _encode(service: Service, prompt: Prompt) -> list[int]:
+async def _encode(service: Service, body: CompletionRequest, prompt: Prompt) -> list[int]:
     if isinstance(prompt, list):
         return prompt
-    return await service.encode(len(prompt), functools.partial(service.tokenizer.encode, prompt))
+    add_special_tokens = body.add_special_tokens is not False
+    encode = functools.partial(
+        service.tokenizer.encode, prompt, add_special_tokens=add_special_tokens
+    )
+    return await service.encode(len(prompt), encode)
 
 
 class CompletionForm:

@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from server.errors import json_response
 from server.protocol.base import TokenId, Wire
-from server.protocol.chat import MAX_MESSAGES, ChatMessage, ChatRequest
+from server.protocol.chat import MAX_MESSAGES, ChatMessage, ChatRequest, TemplateOptions
+from server.protocol.sampling import check_token_ids
 from server.routes.chat import encode_chat
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -32,6 +33,7 @@ class TokenizeRequest(Wire):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template_kwargs: TemplateOptions | None = None
 
 
 class DetokenizeRequest(Wire):
@@ -44,6 +46,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     service.check_model(body.model)
+    service.unknown_fields.check(body.model_extra)
     given = [v for v in (body.prompt, body.content, body.messages) if v is not None]
     if len(given) != 1:
         raise InvalidRequestError("Give exactly one of 'prompt', 'content' and 'messages'.")
@@ -63,6 +66,7 @@ async def _encode(service: Service, body: TokenizeRequest) -> list[int]:
             messages=body.messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
         )
         return await encode_chat(service, chat)
     text = body.prompt if body.prompt is not None else body.content
@@ -76,5 +80,8 @@ async def _encode(service: Service, body: TokenizeRequest) -> list[int]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     service: Service = request.app.state.service
+    service.check_ready()
     service.check_model(body.model)
+    service.unknown_fields.check(body.model_extra)
+    check_token_ids("tokens", body.tokens, service.engine.info)
     return json_response({"prompt": service.tokenizer.decode(body.tokens)})

@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.app import build_app
+from server.launch import HTTPProtocol
 from skipllm_core.client import InProcessEngineClient
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
@@ -107,7 +108,7 @@ async def listening(app: FastAPI) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # soon full
         http = _HTTPServer(
-            uvicorn.Config(app, http="httptools", lifespan="off", ws="none", log_config=None)
+            uvicorn.Config(app, http=HTTPProtocol, lifespan="off", ws="none", log_config=None)
         )
         serving = asyncio.create_task(http.serve([listener]))
         try:

@@ -48,6 +48,7 @@ async def test_a_chat_answer_has_openais_form(singer: Server) -> None:
     assert reply.status_code == 200
     content = reply.json()
     assert content["id"].startswith("chatcmpl-")
+    assert list(content)[:4] == ["id", "object", "created", "model"]
     assert content["object"] == "chat.completion"
     assert content["model"] == MODEL
     assert content["choices"] == [
@@ -89,6 +90,7 @@ async def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done(
     assert len(texts) > 1
     for chunk in (first, *texts, last):
         assert chunk["usage"] is None
+        assert list(chunk)[:4] == ["id", "object", "created", "model"]
         assert chunk["object"] == "chat.completion.chunk"
         assert (chunk["id"], chunk["created"]) == (first["id"], first["created"])
         assert set(chunk["choices"][0]) == {"index", "delta", "logprobs", "finish_reason"}
@@ -204,6 +206,12 @@ async def test_a_prompt_may_be_text_or_ids_one_or_several(server: Server, prompt
     content = (await server.complete(prompt, max_tokens=2)).json()
     assert content["object"] == "text_completion"
     assert content["choices"][0]["text"] == "de"
+
+
+async def test_special_tokens_are_added_to_a_prompt_unless_refused(server: Server) -> None:
+    with_bos = (await server.complete("abc", max_tokens=1)).json()
+    without = (await server.complete("abc", max_tokens=1, add_special_tokens=False)).json()
+    assert (with_bos["usage"]["prompt_tokens"], without["usage"]["prompt_tokens"]) == (4, 3)
 
 
 async def test_echo_puts_the_prompt_before_the_text(server: Server) -> None:

@@ -145,6 +145,22 @@ async def test_the_bytes_of_a_stream_are_events_with_line_feeds_alone(live: Live
         assert b"\n" not in event
 
 
+@pytest.mark.parametrize(
+    "raw", [b"BREW / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno header\r\n\r\n"]
+)
+async def test_what_is_no_http_is_refused_in_the_form_of_all_errors(live: Live, raw: bytes) -> None:
+    reader, writer = await asyncio.open_connection(*live.address)
+    writer.write(raw)
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nx-request-id: " in head
+    assert f"content-length: {len(body)}".encode() in head
+    error = json.loads(body)["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["type"] == "invalid_request_error"
+
+
 async def test_running_streams_finish_while_draining_and_new_requests_are_refused(
     live: Live,
 ) -> None:

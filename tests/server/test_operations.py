@@ -13,6 +13,8 @@ from skipllm_core.engine.engine import Engine
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.server.conftest import MODEL, Server, make_profile, running
 
+HI = {"role": "user", "content": "hi"}
+
 
 async def test_before_the_engine_is_ready_only_liveness_is_green() -> None:
     def never() -> Engine:
@@ -66,8 +68,7 @@ async def test_the_model_card_is_constant_and_knows_its_context(server: Server) 
 
 
 async def test_tokenizing_tells_what_a_request_would_cost(server: Server) -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    found = (await server.post("/tokenize", {"messages": messages})).json()
+    found = (await server.post("/tokenize", {"messages": [HI]})).json()
     usage = (await server.chat(max_tokens=1)).json()["usage"]
     assert found["count"] == len(found["tokens"]) == usage["prompt_tokens"]
     assert found["max_model_len"] == 128
@@ -76,6 +77,23 @@ async def test_tokenizing_tells_what_a_request_would_cost(server: Server) -> Non
         assert ids == ByteTokenizer().encode("hé")
     text = (await server.post("/detokenize", {"tokens": [104, 0xC3, 0xA9]})).json()
     assert text == {"prompt": "hé"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
+        ("/tokenize", {"messages": [HI], "tools": [{"type": "function"}]}, "tools"),
+        ("/tokenize", {"messages": [HI], "chat_template": "{{ 1 }}"}, "chat_template"),
+        ("/detokenize", {"tokens": [320]}, "tokens"),
+    ],
+)
+async def test_tokenizing_ignores_nothing_that_would_change_the_answer(
+    server: Server, path: str, body: dict[str, object], param: str
+) -> None:
+    reply = await server.post(path, body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": "a", "content": "b"}, {"prompt": 3}])
@@ -153,3 +171,14 @@ async def test_names_that_clients_send_make_no_metric_series(server: Server) -> 
         await server.chat(model=f"model-{i}", user=f"user-{i}")
         await server.http.get(f"/v1/models/{i}", headers={"x-request-id": f"id-{i}"})
     assert num_series() == before
+
+
+async def test_the_log_tells_why_a_request_was_refused(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.metrics")
+    bodies: list[dict[str, object]] = [{"n": 0}, {"model": "x"}, {"max_tokens": 1}]
+    told = [(await server.chat(**body)).json().get("error") for body in bodies]
+    logged = [vars(record)["error"] for record in caplog.records]
+    assert logged == [error and error["message"] for error in told]
+    assert logged[0].startswith("Invalid 'n'")
