@@ -13,6 +13,7 @@ class Add(msgspec.Struct, tag=True, frozen=True):
     seq_id: int
     prompt_ids: list[int]
     params: SamplingParams
+    arrival_s: float  # on time.monotonic's clock, which the machine's processes share
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum
 
-from skipllm_core.types import FinishReason, SamplingParams, SkipUsage
+from skipllm_core.types import SamplingParams, SkipUsage
 
 
 class SeqStatus(Enum):
@@ -25,7 +25,13 @@ class Sequence:
     output are prefilled together (recompute).
     """
 
-    def __init__(self, seq_id: int, prompt_ids: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        arrival_s: float | None = None,
+    ) -> None:
         assert prompt_ids, "a prompt has at least one token"
         self.seq_id = seq_id
         self.params = params
@@ -35,9 +41,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
         self.status = SeqStatus.WAITING
-        self.finish_reason: FinishReason | None = None
         self.num_preemptions = 0
-        self.arrival_s = time.monotonic()
+        self.arrival_s = time.monotonic() if arrival_s is None else arrival_s
         self.queue_s: float | None = None  # set when first scheduled
         self.num_decode_steps = 0
         self.num_skipped_ffn_blocks = 0

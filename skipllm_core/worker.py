@@ -55,10 +55,10 @@ def serve_engine(
     while (commands := receive(not engine.has_work)) is not None:
         for command in commands:
             match command:
-                case Add():
-                    engine.add(command.seq_id, command.prompt_ids, command.params)
-                case Abort():
-                    engine.abort(command.seq_id)
+                case Add(seq_id, prompt_ids, params, arrival_s):
+                    engine.add(seq_id, prompt_ids, params, arrival_s)
+                case Abort(seq_id):
+                    engine.abort(seq_id)
         output = engine.step()
         send(Heartbeat() if output is None else Stepped(output))
 

@@ -208,6 +208,46 @@ async def test_waiting_prompt_tokens_are_bounded_and_running_ones_do_not_count()
         await read(first)
 
 
+async def test_more_sequences_than_the_queue_ever_holds_are_invalid_and_not_overload() -> None:
+    async with started(lambda: fake_engine(max_num_seqs=2), max_num_queued_reqs=3) as client:
+        with pytest.raises(InvalidRequestError, match=r"6 sequences.*at most 5"):
+            client.submit_all([([40], params())] * 6)
+        assert client.num_unfinished == 0
+
+
+async def test_the_time_in_the_queue_starts_at_submit() -> None:
+    gate = Gate()
+    async with started(lambda: fake_engine(FakeRunner(fail=gate))) as client:
+        first = client.submit([40], params(1))
+        await asyncio.to_thread(gate.reached.wait, 10)
+        second = client.submit([40], params(1))  # unseen by the engine while its step lasts
+        await asyncio.sleep(0.2)
+        gate.open()
+        await read(first)
+        (output,) = await read(second)
+        assert output.queue_s is not None
+        assert output.queue_s >= 0.2
+
+
+async def test_a_start_that_is_cancelled_leaves_no_thread() -> None:
+    building, go_on = threading.Event(), threading.Event()
+
+    def build() -> Engine:
+        building.set()
+        assert go_on.wait(10)
+        return fake_engine()
+
+    client = InProcessEngineClient(build)
+    start = asyncio.create_task(client.start())
+    await asyncio.to_thread(building.wait, 10)
+    start.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert "engine" not in [thread.name for thread in threading.enumerate()]
+    assert client.health().state == "dead"
+
+
 async def test_an_engine_that_cannot_be_built_says_why() -> None:
     def refuse() -> Engine:
         raise ConfigError("no such model")

@@ -90,9 +90,9 @@ def test_every_sampling_parameter_survives_the_bridge() -> None:
         stop_token_ids=(1, 2),
         skip=SkipParams(policy="ffn_skip", threshold=0.97, max_skips=5, trace=True),
     )
-    data = msgspec.msgpack.encode(Add(2**40, [1, 2, 3], sent))
+    data = msgspec.msgpack.encode(Add(2**40, [1, 2, 3], sent, 1.5))
     received = msgspec.msgpack.decode(data, type=Command)
-    assert received == Add(2**40, [1, 2, 3], sent)
+    assert received == Add(2**40, [1, 2, 3], sent, 1.5)
 
 
 async def test_the_socket_is_private_and_goes_with_the_client(tmp_path: Path) -> None:

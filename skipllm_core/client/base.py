@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -87,8 +88,8 @@ class EngineClient(ABC):
         streams = []
         for prompt_ids, params in requests:
             stream = RequestStream(next(self._seq_ids), len(prompt_ids), self._on_stream_closed)
+            self._post(Add(stream.seq_id, prompt_ids, params, time.monotonic()))
             self._streams[stream.seq_id] = stream
-            self._post(Add(stream.seq_id, prompt_ids, params))
             streams.append(stream)
         return streams
 
@@ -128,7 +129,12 @@ class EngineClient(ABC):
             )
 
     def _refuse_beyond_capacity(self, num_seqs: int, num_tokens: int) -> None:
-        if self.num_unfinished + num_seqs > self.info.max_num_seqs + self._max_num_queued_reqs:
+        most = self.info.max_num_seqs + self._max_num_queued_reqs
+        if num_seqs > most:
+            raise InvalidRequestError(
+                f"the request is for {num_seqs} sequences; this server takes at most {most}"
+            )
+        if self.num_unfinished + num_seqs > most:
             raise OverloadedError("too many requests are waiting; try again later")
         queued = sum(s.num_prompt_tokens for s in self._streams.values() if s.is_queued)
         if queued and queued + num_tokens > self._max_queued_tokens:

@@ -43,7 +43,11 @@ class InProcessEngineClient(EngineClient):
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
-        await self._started
+        try:
+            await self._started
+        except asyncio.CancelledError:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         if self._thread.is_alive():

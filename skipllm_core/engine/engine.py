@@ -68,14 +68,21 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._seqs)
 
-    def add(self, seq_id: int, prompt_ids: list[int], params: SamplingParams) -> None:
-        """Queues a sequence that `EngineClient.submit` found to fit."""
+    def add(
+        self,
+        seq_id: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        arrival_s: float | None = None,
+    ) -> None:
+        """Queues a sequence that `EngineClient.submit` found to fit. `arrival_s` is when it came,
+        by time.monotonic; None: now."""
         most = max_cached_tokens(len(prompt_ids), params.max_tokens, self.info.max_model_len)
         assert seq_id not in self._seqs, "sequence ids are not reused"
         assert params.max_tokens > 0
         assert len(prompt_ids) < self.info.max_model_len
         assert self._blocks.num_blocks_for(most) <= self._blocks.num_blocks
-        seq = self._seqs[seq_id] = Sequence(seq_id, prompt_ids, params)
+        seq = self._seqs[seq_id] = Sequence(seq_id, prompt_ids, params, arrival_s)
         self._scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -165,7 +172,6 @@ class Engine:
         """Drops the sequence; its last output is `output` with the ending added."""
         del self._seqs[seq.seq_id]
         self._scheduler.remove(seq)
-        seq.finish_reason = reason
         return replace(
             output or SeqOutput(seq_id=seq.seq_id),
             finish_reason=reason,

@@ -48,11 +48,7 @@ class AttentionContext:
     """
 
     kv_cache: KVCache
-    positions: Tensor  # [num_tokens]
     slot_mapping: Tensor  # [num_tokens]: where each token's K and V are written
-    block_tables: Tensor  # [num_seqs, max_blocks], padded with 0
-    query_lens: tuple[int, ...]
-    context_lens: tuple[int, ...]  # tokens in the cache, those of this step included
     cos: Tensor  # [num_tokens, 1, head_dim]
     sin: Tensor  # [num_tokens, 1, head_dim], see Rotary
     spans: dict[int | None, tuple[AttentionSpan, ...]]  # by the layer's window
@@ -70,28 +66,23 @@ class AttentionContext:
         knows the model's part of the arguments."""
         assert rows, "a step computes at least one row"
         assert all(row.num_tokens > 0 for row in rows), "every row computes at least one token"
-        device = kv_cache.device
-        block_size = kv_cache.block_size
-        query_lens = tuple(row.num_tokens for row in rows)
-        context_lens = tuple(row.start + row.num_tokens for row in rows)
+        device, block_size = kv_cache.device, kv_cache.block_size
+        query_lens = [row.num_tokens for row in rows]
+        places = [
+            (position, row.block_table[position // block_size] * block_size + position % block_size)
+            for row in rows
+            for position in range(row.start, row.start + row.num_tokens)
+        ]
+        positions, slot_mapping = torch.tensor(places, device=device).T.contiguous()
         max_blocks = max(len(row.block_table) for row in rows)
-        block_tables = torch.tensor(
+        block_tables = torch.tensor(  # [num_seqs, max_blocks], padded with 0
             [[*row.block_table, *[0] * (max_blocks - len(row.block_table))] for row in rows],
             device=device,
         )
-        positions = torch.cat(
-            [torch.arange(row.start, row.start + row.num_tokens) for row in rows]
-        ).to(device)
-        row_of_token = torch.arange(len(rows)).repeat_interleave(torch.tensor(query_lens))
-        blocks = block_tables[row_of_token.to(device), positions // block_size]
         cos, sin = rotary.cos_sin(positions)
         return cls(
             kv_cache=kv_cache,
-            positions=positions,
-            slot_mapping=blocks * block_size + positions % block_size,
-            block_tables=block_tables,
-            query_lens=query_lens,
-            context_lens=context_lens,
+            slot_mapping=slot_mapping,
             cos=cos,
             sin=sin,
             spans={
@@ -104,7 +95,7 @@ class AttentionContext:
         )
 
 
-def _groups(query_lens: tuple[int, ...]) -> Iterator[tuple[int, int, slice]]:
+def _groups(query_lens: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
     """(first row, last row + 1, their tokens): neighbouring decode rows together, others alone."""
     first = token = 0
     while first < len(query_lens):

@@ -28,7 +28,9 @@ def available_memory_bytes(
     try:
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max"
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        used -= int(stat["inactive_file"])  # gives way, as the checkpoint's pages just read do
+    except (OSError, KeyError, ValueError):  # no cgroup v2, or "max"
         return available
     return min(available, max(0, limit - used))
 

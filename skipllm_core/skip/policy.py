@@ -43,11 +43,8 @@ class NeverGate:
     """Every row runs every layer; used whenever no row of the step can skip, and costs nothing."""
 
     def __init__(self, num_rows: int) -> None:
+        self.skipped_layers: list[tuple[int, ...]] = [()] * num_rows
         self._rows = range(num_rows)
-
-    @property
-    def skipped_layers(self) -> Sequence[Sequence[int]]:
-        return [()] * len(self._rows)
 
     def rows_to_run(self, layer: int) -> Collection[int]:
         return self._rows

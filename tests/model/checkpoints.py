@@ -75,10 +75,10 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_oracle(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+def make_oracle(name: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """transformers' own model, its weights large enough that every part of it matters."""
     family, differences = CHECKPOINTS[name]
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **differences})
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **differences, **changes})
     config._attn_implementation = "eager"
     model: transformers.PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)
