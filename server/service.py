@@ -62,7 +62,9 @@ class Service:
         max_model_len = self.engine.info.max_model_len
         at_least = num_chars // self.tokenizer.max_token_chars
         if at_least > max_model_len:
-            raise ContextLengthError(max_model_len=max_model_len, num_prompt_tokens=at_least)
+            raise ContextLengthError(
+                max_model_len=max_model_len, num_prompt_tokens=at_least, is_lower_bound=True
+            )
         return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
 
 

@@ -53,6 +53,11 @@ def _split_commas(value: object) -> object:
     return [item.strip() for text in texts for item in text.split(",") if item.strip()]
 
 
+def _off_is_never(value: object) -> object:
+    """Requests say `off`, so servers may."""
+    return "never" if value == "off" else value
+
+
 def _setting(panel: str, default: object, help_text: str, **constraints: Any) -> Any:
     """A field with its help, and the panel of `--help` that shows it."""
     return Field(default, description=help_text, json_schema_extra={"panel": panel}, **constraints)
@@ -90,7 +95,7 @@ class Settings(BaseModel):
         "Engine", 32, "How many sequences are decoded together.", ge=1, le=4096
     )
     max_num_batched_tokens: int = _setting(
-        "Engine", 2048, "How many tokens one step may compute.", ge=1, le=2**20
+        "Engine", 512, "How many tokens one step may compute.", ge=1, le=2**20
     )
     max_num_queued_reqs: int = _setting(
         "Engine", 256, "How many sequences may wait; beyond it, requests get 503.", ge=1
@@ -106,10 +111,14 @@ class Settings(BaseModel):
         "Engine", False, "No CUDA graphs. There are none yet: the decode step is eager anyway."
     )
     num_threads: int | None = _setting(
-        "Engine", None, "Threads of the worker on CPU; by default, all cores.", ge=1, le=1024
+        "Engine",
+        None,
+        "Threads of the worker on CPU; by default, one per usable core.",
+        ge=1,
+        le=1024,
     )
 
-    skip_policy: SkipPolicyName | None = _setting(
+    skip_policy: Annotated[SkipPolicyName | None, BeforeValidator(_off_is_never)] = _setting(
         "Skipping", None, "never or ffn_skip; by default, ffn_skip if the model has a skip profile."
     )
     skip_ratio: float | None = _setting(

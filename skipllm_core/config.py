@@ -24,11 +24,13 @@ class EngineConfig:
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
-    max_num_batched_tokens: int = 2048
+    # Enough to be bound by arithmetic and not by reading weights, on a GPU too; more would only
+    # make running streams wait longer for a prefill step.
+    max_num_batched_tokens: int = 512
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory, weights included (CUDA only)
-    num_threads: int | None = None  # CPU: torch threads of the worker; None: all cores
+    num_threads: int | None = None  # CPU: torch threads of the worker; None: all usable cores
     seed: int = 0  # of dummy weights
     max_num_queued_reqs: int = 256
     max_queued_tokens: int = 1_000_000  # prompt tokens waiting, beyond which requests are refused

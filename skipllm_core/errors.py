@@ -32,16 +32,25 @@ class InvalidRequestError(SkipLLMError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """A prompt that leaves no room for one generated token."""
+    """A prompt that leaves no room for one generated token.
 
-    def __init__(self, *, max_model_len: int, num_prompt_tokens: int) -> None:
-        super().__init__(
-            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
-            f"resulted in {num_prompt_tokens} tokens. Please reduce the length of the prompt.",
-            code="context_length_exceeded",
-        )
+    `is_lower_bound`: it was refused by its size alone, and has `num_prompt_tokens` at least.
+    """
+
+    def __init__(
+        self, *, max_model_len: int, num_prompt_tokens: int, is_lower_bound: bool = False
+    ) -> None:
         self.max_model_len = max_model_len
-        self.num_prompt_tokens = num_prompt_tokens
+        self.num_prompt_tokens = f"{'at least ' if is_lower_bound else ''}{num_prompt_tokens}"
+        super().__init__(self.message_for("prompt"), code="context_length_exceeded")
+
+    def message_for(self, what: str) -> str:
+        """OpenAI's words, with what the client calls its prompt; clients look for the first."""
+        return (
+            f"This model's maximum context length is {self.max_model_len} tokens. However, your "
+            f"{what} resulted in {self.num_prompt_tokens} tokens. Please reduce the length of the "
+            f"{what}."
+        )
 
 
 class OverloadedError(SkipLLMError):

@@ -30,7 +30,7 @@ def test_help_names_every_setting_with_its_help_and_default() -> None:
         assert flag_of(name) in words, name
         assert field.description is not None
         assert field.description in words, name
-    assert "Default: 2048." in words
+    assert "Default: 512." in words
 
 
 def test_help_shows_flags_whole_and_under_headings_in_a_narrow_terminal() -> None:

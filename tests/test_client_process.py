@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import stat
 import subprocess
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from skipllm_core.client import ProcessEngineClient
-from skipllm_core.client.worker_handle import worker_environment
+from skipllm_core.client.worker_handle import usable_cores, worker_environment
 from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError, EngineDeadError, OverloadedError
 from skipllm_core.messages import Add, Command
@@ -280,5 +281,18 @@ def test_the_worker_gets_its_threads_before_torch_loads(monkeypatch: pytest.Monk
     environment = worker_environment(num_threads=3)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert worker_environment(None)["OMP_NUM_THREADS"] == str(usable_cores())
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert worker_environment(None)["OMP_NUM_THREADS"] == "7"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert worker_environment(None)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_containers_quota_bounds_the_threads(tmp_path: Path) -> None:
+    cpu_max = tmp_path / "cpu.max"
+    all_cores = usable_cores(cpu_max)  # no such file: no quota
+    assert all_cores == len(os.sched_getaffinity(0))
+    for text, cores in (("max 100000", all_cores), ("50000 100000", 1), ("990000 1000", all_cores)):
+        cpu_max.write_text(text)
+        assert usable_cores(cpu_max) == cores

@@ -28,7 +28,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     assert (settings.port, settings.seed) == (3, 3)
     assert settings.max_num_seqs == 2
     assert settings.warmup_tokens == 1
-    assert settings.max_num_batched_tokens == 2048
+    assert settings.max_num_batched_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def profile(max_ratio: float = 0.35, fingerprint: str = "") -> SkipProfile:
         (Settings(), 0.2, SkipDefaults(policy="ffn_skip", ratio=0.2)),
         (Settings(skip_ratio=0.1), 0.35, SkipDefaults(policy="ffn_skip", ratio=0.1)),
         (Settings(skip_threshold=0.9), 0.35, SkipDefaults(policy="ffn_skip", threshold=0.9)),
+        (Settings.model_validate({"skip_policy": "off"}), 0.35, SkipDefaults(ratio=0.25)),
         (Settings(skip_policy="never"), 0.35, SkipDefaults(policy="never", ratio=0.25)),
         (
             Settings(warmup_tokens=3),

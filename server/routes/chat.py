@@ -31,7 +31,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         prompt_ids = await unless_disconnected(request.receive, encode_chat(service, body))
         generation = submit(service, request, body, [prompt_ids])
     except ContextLengthError as error:
-        raise context_error(error) from None
+        message = error.message_for("messages")
+        raise HTTPError(400, message, param="messages", code=error.code) from None
     return await answer(request, body, generation, ChatForm(service, body, prompt_ids))
 
 
@@ -47,17 +48,6 @@ async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
         options=options.model_dump(exclude_none=True) if options is not None else None,
     )
     return await service.encode(sum(len(message["content"]) for message in messages), encode)
-
-
-def context_error(error: ContextLengthError) -> HTTPError:
-    return HTTPError(
-        400,
-        f"This model's maximum context length is {error.max_model_len} tokens. However, your "
-        f"messages resulted in {error.num_prompt_tokens} tokens. Please reduce the length of the "
-        "messages.",
-        param="messages",
-        code="context_length_exceeded",
-    )
 
 
 class ChatForm:

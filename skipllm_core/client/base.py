@@ -157,7 +157,8 @@ class EngineClient(ABC):
 
     def _set_health(self, state: EngineState, detail: str = "") -> None:
         if state != self._health.state:
-            logger.info("engine %s%s", state, f": {detail}" if detail else "")
+            level = logging.INFO if state == "ready" else logging.WARNING
+            logger.log(level, "engine %s%s", state, f": {detail}" if detail else "")
         self._health = EngineHealth(state, detail)
 
     def _fail_streams(self, reason: str) -> None:

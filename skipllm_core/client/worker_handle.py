@@ -100,14 +100,27 @@ class WorkerHandle:
 def worker_environment(num_threads: int | None) -> dict[str, str]:
     """This process's environment, its import path, and OpenMP settings that have to stand before
     torch loads: spinning threads collapse as soon as anything else needs a core."""
-    environment = {
+    threads = str(usable_cores()) if num_threads is None else str(num_threads)
+    own = {} if num_threads is None else {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return {
         "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": threads,
         **os.environ,
+        **own,
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
     }
-    if num_threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
-    return environment
+
+
+def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those it may run on, and no more than a container's quota.
+    More threads than that would wait for each other's time slices at every layer."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota_us, period_us = map(int, cpu_max.read_text().split())
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return cores
+    return max(1, min(cores, -(-quota_us // period_us)))
 
 
 def _obituary(return_code: int) -> str:
