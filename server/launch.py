@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
@@ -11,6 +12,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import orjson
 import uvicorn
@@ -46,6 +49,7 @@ logger = logging.getLogger(__name__)
 def run_server(settings: Settings) -> int:
     """Serves until told to stop; returns the exit code. Raises ConfigError where it cannot."""
     configure_logging(settings.log_level)
+    signal.signal(signal.SIGTERM, _end_at_once)  # while a model is fetched; `_Stop` takes over
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, unused
     with listen(settings.host, settings.port) as listener:  # a taken port is told before the load
         print_line(f"loading {settings.model_name} ...")
@@ -53,6 +57,12 @@ def run_server(settings: Settings) -> int:
         load_model_config(model_dir)  # an unsupported model is told before anything else of it
         profile = find_profile(settings.skip_profile, model_dir)
         return uvloop.run(_serve(settings, model_dir, profile, listener))
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
+    """Nothing is being served yet. The default would do, but not in a container's first process,
+    which ignores it; and an exception would wait for the threads of a download."""
+    os._exit(128 + number)
 
 
 def find_profile(given: Path | None, model_dir: Path) -> SkipProfile | None:

@@ -69,8 +69,8 @@ def test_compose_mounts_files_that_exist_and_pins_versions() -> None:
 def test_streams_may_end_before_docker_kills_the_container() -> None:
     from server.settings import Settings
 
-    grace = load("docker/compose.yaml")["services"]["skipllm"]["stop_grace_period"]
-    assert int(grace.removesuffix("s")) > Settings().shutdown_timeout
+    service = load("docker/compose.yaml")["services"]["skipllm"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > Settings().shutdown_timeout
 
 
 def test_grafana_is_given_the_dashboard_and_its_data_source() -> None:
@@ -121,3 +121,23 @@ def test_the_first_row_of_the_dashboard_is_the_skip_ratio(kind: str) -> None:
     row, *panels = json.loads(DASHBOARD.read_text())["panels"]
     assert (row["type"], row["title"]) == ("row", "Skip ratio")
     assert kind in [panel["type"] for panel in panels[:3]]
+
+
+def test_the_heat_map_counts_each_request_in_one_column() -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    (heat_map,) = [panel for panel in panels if panel["type"] == "heatmap"]
+    (target,) = heat_map["targets"]
+    assert "[$__interval]" in target["expr"]  # $__rate_interval spans several columns
+    scrape_interval = load("docker/prometheus/prometheus.yml")["global"]["scrape_interval"]
+    seconds = [int(text.removesuffix("s")) for text in (target["interval"], scrape_interval)]
+    assert seconds[0] >= 4 * seconds[1]
+
+
+def test_the_kubernetes_example_probes_what_the_server_answers() -> None:
+    text = (REPO / "docs/deploy.md").read_text()
+    match = re.search(r"^ {4}apiVersion:.*?(?=^\S)", text, re.MULTILINE | re.DOTALL)
+    assert match is not None
+    (container,) = yaml.safe_load(match[0])["spec"]["template"]["spec"]["containers"]
+    paths = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness")}
+    assert paths == {"/ready"}
+    assert container["livenessProbe"]["httpGet"]["path"] == "/live"

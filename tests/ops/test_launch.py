@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +65,22 @@ def test_a_taken_port_is_told_in_one_line() -> None:
         message = f"cannot listen on 127.0.0.1:{port}: Address already in use"
         with pytest.raises(ConfigError, match=message), listen("127.0.0.1", port):
             pass
+
+
+def test_sigterm_while_a_model_is_fetched_ends_at_once() -> None:
+    program = """
+import time
+from server import launch
+from server.settings import Settings
+launch.resolve_model = lambda name: (print("fetching", flush=True), time.sleep(60))
+launch.run_server(Settings(model="some/model", port=0))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"fetching\n"
+        process.terminate()
+        # Not -SIGTERM: the default action does not exist for a container's first process.
+        assert process.wait(5) == 128 + signal.SIGTERM
 
 
 def events(served: Served) -> Iterator[str]:
