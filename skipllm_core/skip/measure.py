@@ -31,16 +31,16 @@ class Probe:
     def groups(self, prompts: list[list[int]], rows_per_prompt: int) -> list[list[list[int]]]:
         """The prompts in groups that fit into the cache at once, `rows_per_prompt` times each."""
         longest = max(map(len, prompts))
-        if longest + self._max_tokens > self.runner.max_model_len:
+        if longest > self.runner.max_model_len - 2:  # one token is sampled, one decoded
             raise ConfigError(
-                f"a prompt of {longest} tokens leaves no room for {self._max_tokens} more in a "
-                f"context of {self.runner.max_model_len}"
+                f"a prompt of {longest} tokens leaves no room for an answer in a context of "
+                f"{self.runner.max_model_len}"
             )
         num_fitting = self.runner.num_kv_blocks // self._num_blocks(longest)
         size = min(num_fitting, self._max_num_seqs) // rows_per_prompt
         if not size:
             raise ConfigError(
-                f"calibration runs {rows_per_prompt} sequences of {longest + self._max_tokens} "
+                f"calibration runs {rows_per_prompt} sequences of {self._max_len(longest)} "
                 "tokens side by side: raise --kv-cache-memory or --max-num-seqs"
             )
         return [prompts[n : n + size] for n in range(0, len(prompts), size)]
@@ -66,10 +66,14 @@ class Probe:
         return self.runner.logits([ScheduledSeq(seq, 1) for seq in seqs], gate)
 
     def has_ended(self, seq: Seq) -> bool:
-        return seq.num_output_tokens >= self._max_tokens or seq.token_ids[-1] in self._eos_token_ids
+        is_full = seq.num_tokens >= self._max_len(seq.num_prompt_tokens)
+        return is_full or seq.token_ids[-1] in self._eos_token_ids
+
+    def _max_len(self, num_prompt_tokens: int) -> int:
+        return min(num_prompt_tokens + self._max_tokens, self.runner.max_model_len)
 
     def _num_blocks(self, num_prompt_tokens: int) -> int:
-        return -(-(num_prompt_tokens + self._max_tokens) // self.runner.block_size)
+        return -(-self._max_len(num_prompt_tokens) // self.runner.block_size)
 
 
 def extend(seq: Seq, token_id: int) -> None:

@@ -17,7 +17,7 @@ from skipllm_core.skip.calibrate import (
     find_threshold,
     max_reachable_ratio,
 )
-from skipllm_core.skip.measure import Probe, measure
+from skipllm_core.skip.measure import Probe, measure, record
 from skipllm_core.skip.policy import FfnSkipGate
 from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
 from skipllm_core.types import SamplingParams, SkipParams
@@ -195,7 +195,6 @@ def test_progress_is_told(runner: TorchModelRunner) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"max_tokens": 255}, "leaves no room"),
         ({"max_num_seqs": 2}, "side by side"),
         ({"warmup_tokens": 99}, "within the warm-up"),
     ],
@@ -206,6 +205,15 @@ def test_calibration_that_cannot_work_is_refused(
     settings = {"max_tokens": 6, "warmup_tokens": 0, "max_num_seqs": 8} | changes
     with pytest.raises(ConfigError, match=says):
         calibrate(runner, prompts(2, 1), prompts(2, 2), fingerprint="abc", **settings)
+
+
+def test_an_answer_ends_where_the_context_does(runner: TorchModelRunner) -> None:
+    """The first token comes with the prompt, the last takes the last place: two are decoded."""
+    probe = Probe(runner, max_tokens=10**6, max_num_seqs=2)
+    similarities, generated = record(probe, [[1] * (runner.max_model_len - 3)])
+    assert len(similarities) == len(generated) == 2
+    with pytest.raises(ConfigError, match="leaves no room"):
+        record(probe, [[1] * (runner.max_model_len - 1)])
 
 
 def test_a_gate_follows_the_word_by_word_rule() -> None:

@@ -1,0 +1,106 @@
+"""What skipping costs the embedded model: ``python -m skipllm_core.demo.skip_accuracy``.
+
+Answers the held-out prompts with the engine that serves them, greedily, once per skip ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from skipllm_core.config import EngineConfig
+from skipllm_core.demo import MODEL_DIR
+from skipllm_core.demo.heldout import KINDS, HeldOut, held_out_set, is_right
+from skipllm_core.engine.engine import Engine
+from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
+from skipllm_core.tokenizer import HFTokenizer
+from skipllm_core.types import SamplingParams, SkipParams
+from skipllm_core.worker import build_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One pass over the prompts."""
+
+    accuracy: dict[str, float]  # by kind
+    token_skip_ratio: float
+    weight_skip_ratio: float
+
+
+def answer_all(
+    engine: Engine, tokenizer: HFTokenizer, items: Sequence[HeldOut], skip: SkipParams
+) -> tuple[list[str], float, float]:
+    """(replies, token_skip_ratio, weight_skip_ratio), with all items in the engine at once."""
+    for seq_id, item in enumerate(items):
+        prompt_ids = tokenizer.encode_chat(list(item.messages), add_generation_prompt=True)
+        params = SamplingParams(
+            max_tokens=min(160, engine.info.max_model_len - len(prompt_ids)),
+            temperature=0.0,
+            stop_token_ids=tuple(tokenizer.eos_token_ids),
+            skip=skip,
+        )
+        engine.add(seq_id, prompt_ids, params)
+    tokens: list[list[int]] = [[] for _ in items]
+    skipped = computed = avoided = read = 0
+    while (step := engine.step()) is not None:
+        for output in step.outputs:
+            tokens[output.seq_id] += output.token_ids
+        skipped += sum(step.stats.ffn_skipped)
+        computed += sum(step.stats.ffn_computed)
+        avoided += step.stats.ffn_weight_reads_avoided
+        read += step.stats.ffn_weight_reads
+    replies = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    return replies, skipped / (skipped + computed), avoided / (avoided + read)
+
+
+def measure(
+    engine: Engine,
+    tokenizer: HFTokenizer,
+    profile: SkipProfile,
+    items: Sequence[HeldOut],
+    ratio: float,
+) -> Result:
+    """One pass over the items at one of the profile's skip ratios; 0 is the full model."""
+    skip = resolve_skip(SkipDefaults(), profile, SkipOptions(policy="ffn_skip", ratio=ratio))
+    replies, token_skip_ratio, weight_skip_ratio = answer_all(engine, tokenizer, items, skip)
+    judged = [(item.kind, is_right(item, text)) for item, text in zip(items, replies, strict=True)]
+    accuracy = {}
+    for kind in {item.kind: None for item in items}:
+        right = [is_so for of_kind, is_so in judged if of_kind == kind]
+        accuracy[kind] = sum(right) / len(right)
+    return Result(accuracy, token_skip_ratio, weight_skip_ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.15, 0.25, 0.35])
+    parser.add_argument("--limit", type=int, default=200, help="prompts of each kind")
+    parser.add_argument("--max-num-seqs", type=int, default=8, help="rows of a decode step")
+    args = parser.parse_args()
+    engine = build_engine(EngineConfig(model_dir=args.model, max_num_seqs=args.max_num_seqs))
+    tokenizer = HFTokenizer(args.model)
+    profile = SkipProfile.load(args.model / "skip.yaml")
+    items = [item for kind in KINDS for item in held_out_set(kind, args.limit)]
+    progress = Console(stderr=True)
+    results = [
+        measure(engine, tokenizer, profile, items, ratio)
+        for ratio in track(args.ratios, "answering", console=progress)
+    ]
+    table = Table("skip ratio asked for", *(f"{ratio:.0%}" for ratio in args.ratios))
+    table.add_row("token_skip_ratio", *(f"{r.token_skip_ratio:.3f}" for r in results))
+    table.add_row("weight_skip_ratio", *(f"{r.weight_skip_ratio:.3f}" for r in results))
+    for kind in KINDS:
+        table.add_row(kind, *(f"{r.accuracy[kind]:.1%}" for r in results))
+    Console(file=sys.stdout, width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
