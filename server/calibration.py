@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from server.settings import Settings, SettingsError
@@ -37,17 +38,21 @@ def run_calibration(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from skipllm_core.skip.calibrate import calibrate_model
 
-    with console.status("") as status:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
         profile = calibrate_model(
             settings.engine_config(model_dir),
             prompts,
             max_tokens=max_tokens,
             warmup_tokens=warmup_tokens,
-            on_progress=lambda what, done, total: status.update(f"{what} ({done}/{total})"),
+            on_progress=lambda what, done, total: progress.update(
+                task, description=what, completed=done, total=total
+            ),
         )
     profile.save(out)
     console.print(_summary(profile))
-    console.print(f"{out}: layers {profile.cold_start} to {profile.cold_end - 1} may be skipped")
+    console.print(f"the profile is in {out}")
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
@@ -75,10 +80,14 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _summary(profile: SkipProfile) -> Table:
-    table = Table("target", "threshold", "token skip ratio", "top-1 agreement", "KL (nats)")
+    table = Table(
+        "target", "layers", "threshold", "token skip ratio", "top-1 agreement", "KL (nats)"
+    )
     for point in profile.points:
+        start, end = profile.region_at(point)
         table.add_row(
             f"{point.target_ratio:.0%}",
+            f"{start} to {end - 1}",
             f"{point.threshold:.6f}",
             f"{point.token_skip_ratio:.3f}",
             f"{point.top1_agreement:.3f}",

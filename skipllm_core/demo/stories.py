@@ -1,8 +1,10 @@
 """Short stories from templates, with their one-line summaries and questions about them."""
 
+import functools
 import random
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from skipllm_core.demo.plots import PLOTS, Plot
@@ -252,21 +254,63 @@ def story_question(
 _NAMED = re.compile(r"\bnamed ([A-Z]\w*)")
 
 
-def is_coherent(story: str, request: str = "") -> bool:
-    """Whether a told story is whole: an opening with a named hero who stays in it to the end.
+def _one_of(words: Iterable[str]) -> str:
+    return "|".join(sorted(set(words)))
 
-    Every name introduced occurs again, no sentence is told twice, it ends with a full stop, and
-    the names (capitalised words) of ``request`` occur.
-    """
-    sentences = re.split(r"(?<=[.?!])\s+", story.strip())
+
+def _field_patterns() -> dict[str, str]:
+    """What may stand in a plot's fields: names and kinds are free words (a request may bring its
+    own), everything else comes from the lists."""
+    item = f"(?:(?:{_one_of(_OBJECT_ADJECTIVES)}) )?(?:{_one_of(_OBJECTS)})"
+    building = f"(?:{_one_of(_BUILDINGS)})"
+    places = _one_of(_PLACES)
+    return {
+        **dict.fromkeys(("n", "h", "k", "hk"), r"\w+"),
+        **dict.fromkeys(("ak", "ahk"), r"an? \w+"),
+        "ad": r"an? \w+ \w+",
+        "o": item,
+        "ao": f"an? {item}",
+        **dict.fromkeys(("at", "At"), f"(?:{places})"),
+        "p": f"(?:{_one_of(p[p.index('the ') :] for p in _PLACES)})",
+        **dict.fromkeys(("f", "g"), f"(?:{_one_of(_FOODS)})"),
+        "skill": f"(?:{_one_of(_SKILLS)})",
+        "fear": f"(?:{_one_of(_FEARS)})",
+        "b": building,
+        "ab": f"an? {building}",
+        "pet": f"(?:{_one_of(_PETS)})",
+        **dict.fromkeys(("he", "He"), "s?he"),
+        "him": "(?:him|her)",
+        "his": "(?:his|her)",
+    }
+
+
+@functools.cache
+def _plot_patterns() -> tuple[re.Pattern[str], ...]:
+    """Of each plot, all the stories that it can make."""
+    fields = _field_patterns()
+
+    def sentence(wordings: tuple[str, ...]) -> str:
+        # re.escape leaves the fields' letters alone, and their braces escaped.
+        return "|".join(
+            re.sub(r"\\\{(\w+)\\\}", lambda found: fields[found[1]], re.escape(wording))
+            for wording in wordings
+        )
+
+    return tuple(
+        re.compile(r"\ ".join(f"(?:{sentence(s)})" for s in plot.sentences), re.IGNORECASE)
+        for plot in PLOTS.values()
+    )
+
+
+def is_coherent(story: str, request: str = "") -> bool:
+    """Whether a told story is one of a plot from its first word to its last, with no stutter and
+    no sentence from elsewhere, about the names (capitalised words) of ``request``, and every name
+    it introduces occurs again."""
     names = _NAMED.findall(story)
     wanted = re.findall(r"\b(?:about|with|named|called|and) ([A-Z]\w+)", request)
     return (
-        4 <= len(sentences) <= 10
-        and story.rstrip()[-1:] in (".", '"')
-        and len(set(sentences)) == len(sentences)
-        and 1 <= len(names) <= 2
-        and names[0] in sentences[0]
+        any(pattern.fullmatch(story.strip()) for pattern in _plot_patterns())
+        and 1 <= len(set(names)) == len(names) <= 2
         and all(len(re.findall(rf"\b{name}\b", story)) >= 2 for name in names)
         and all(name in story for name in wanted)
     )

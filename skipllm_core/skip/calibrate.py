@@ -4,6 +4,7 @@
    recorded for every token it decodes.
 2. The mean similarities give a plateau of skippable layers. It is narrowed as far as that makes
    skipping cheaper: the region is taken whose KL from the full model at REGION_RATIO is lowest.
+   A target beyond its reach gets the narrowest of the wider regions that reaches it.
 3. The distribution of the similarities gives a first threshold per target ratio, which free
    generation with skipping then corrects.
 4. Each threshold is measured on held-out prompts: the ratio it gives in free generation, and how
@@ -15,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import median
 
 import torch
@@ -39,6 +39,7 @@ DEFAULT_MAX_TOKENS = 128  # per prompt, as in the paper
 HELD_OUT_EVERY = 4  # one prompt of four is measured on, and not calibrated with
 PLATEAU_FACTOR = 3.0
 REGION_RATIO = 0.25  # at which regions are compared
+MIN_REACH = 0.3  # of a region: at its reach every token must trigger at once, and nothing adapts
 MAX_REGIONS = 5  # that are compared
 MAX_TRIES = 4  # per target
 TOLERANCE = 0.005  # of a ratio: no more tries are made
@@ -110,16 +111,24 @@ def calibrate(
         SkipParams(policy="ffn_skip", warmup_tokens=warmup_tokens, cold_start=start, cold_end=end)
         for start, end in regions
     ]
-    skip = min(skips, key=partial(_cost, probe, prompts, warm)) if len(skips) > 1 else skips[0]
+    costs = [_cost(probe, prompts, warm, skip) for skip in skips] if len(skips) > 1 else [0.0]
+    chosen = costs.index(min(costs))
     points: list[SkipPoint] = []
     drift = 1.0
     for n, target in enumerate(TARGET_RATIOS, start=2):
-        if target > max_reachable_ratio(skip, runner.num_layers):
+        reaching = [
+            skip
+            for skip in skips[: chosen + 1]  # each within the one before
+            if target <= max_reachable_ratio(skip, runner.num_layers)
+        ]
+        if not reaching:
             break
+        skip = reaching[-1]
         on_progress(f"fitting and measuring a skip ratio of {target:.0%}", n, total)
         threshold, drift = _fit(probe, prompts, warm, skip, target, drift)
         measured = measure(probe, held_out_prompts, replace(skip, threshold=threshold))
-        point = _point(target, threshold, measured)
+        region = None if skip is skips[chosen] else (skip.cold_start, skip.cold_end)
+        point = _point(target, threshold, region, measured)
         if _skips_more(point, points[-1:]):
             points.append(point)  # else: too few tokens to tell the two thresholds apart
     on_progress("done", total, total)
@@ -134,8 +143,8 @@ def calibrate(
             "vocab_size": config.vocab_size,
             "dtype": runner.dtype,
         },
-        cold_start=skip.cold_start,
-        cold_end=skip.cold_end,
+        cold_start=skips[chosen].cold_start,
+        cold_end=skips[chosen].cold_end,
         warmup_tokens=warmup_tokens,
         num_prompts=len(prompts),
         num_tokens=len(similarities),
@@ -149,11 +158,12 @@ def calibrate(
 
 def candidate_regions(means: Sequence[float]) -> list[tuple[int, int]]:
     """Regions (cold_start, cold_end), each within the one before: the plateau, then without its
-    worse end layer, and so on while the largest target can still be reached; MAX_REGIONS of them.
+    worse end layer, and so on while there is still room to spare at REGION_RATIO; MAX_REGIONS of
+    them.
     """
     start, end = find_plateau(means)
     regions = [(start, end)]
-    min_size = math.ceil(TARGET_RATIOS[-1] * len(means)) + 1  # one triggers, the others are skipped
+    min_size = math.ceil(MIN_REACH * len(means)) + 1  # one triggers, the others are skipped
     while end - start > min_size:
         if means[start] < means[end - 1]:
             start += 1
@@ -237,10 +247,13 @@ def _cost(probe: Probe, prompts: list[list[int]], similarities: Tensor, skip: Sk
     return measure(probe, prompts, replace(skip, threshold=threshold)).kl
 
 
-def _point(target: float, threshold: float, measured: Measurement) -> SkipPoint:
+def _point(
+    target: float, threshold: float, region: tuple[int, int] | None, measured: Measurement
+) -> SkipPoint:
     return SkipPoint(
         target_ratio=target,
         threshold=threshold,
+        region=region,
         token_skip_ratio=round(measured.token_skip_ratio, DIGITS),
         top1_agreement=round(measured.top1_agreement, DIGITS),
         kl=round(max(0.0, measured.kl), DIGITS),
@@ -251,7 +264,8 @@ def _point(target: float, threshold: float, measured: Measurement) -> SkipPoint:
 
 def _skips_more(point: SkipPoint, before: list[SkipPoint]) -> bool:
     return point.token_skip_ratio > 0 and all(
-        point.threshold <= other.threshold and point.token_skip_ratio > other.token_skip_ratio
+        point.token_skip_ratio > other.token_skip_ratio
+        and (point.region != other.region or point.threshold <= other.threshold)
         for other in before
     )
 

@@ -46,6 +46,7 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     target_ratio: Share
     threshold: Cosine
+    region: tuple[Count, Count] | None = None  # cold_start, cold_end, if not the profile's own
     token_skip_ratio: Share
     top1_agreement: Share
     kl: Annotated[float, msgspec.Meta(ge=0)]
@@ -54,8 +55,9 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model's skippable region and thresholds. `model` is its identity for readers, `fingerprint`
-    (of config and weights) the one that is checked. Points go from little skipping to much."""
+    """A model's skippable region and thresholds. Points beyond the region's reach have a wider one
+    of their own. `model` is its identity for readers, `fingerprint` (of config and weights) the one
+    that is checked. Points go from little skipping to much."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     fingerprint: str
@@ -71,12 +73,15 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def __post_init__(self) -> None:
         if not 0 < self.cold_start < self.cold_end < self.num_layers:
             raise ValueError("not so: 0 < cold_start < cold_end < number of layers")
+        for start, end in map(self.region_at, self.points):
+            if not 0 < start <= self.cold_start < self.cold_end <= end < self.num_layers:
+                raise ValueError("a point's region must hold the profile's own")
         for before, after in zip(self.points, self.points[1:], strict=False):
-            if not (
-                before.threshold >= after.threshold
-                and before.token_skip_ratio < after.token_skip_ratio
-            ):
-                raise ValueError("points must go from high threshold, low ratio to the opposite")
+            if not before.token_skip_ratio < after.token_skip_ratio:
+                raise ValueError("points must go from a low ratio to a high one")
+            is_same_region = self.region_at(before) == self.region_at(after)
+            if is_same_region and not before.threshold >= after.threshold:
+                raise ValueError("points of one region must go from a high threshold to a low one")
 
     @property
     def num_layers(self) -> int:
@@ -89,19 +94,35 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             return 0.0
         return max(self.points[-1].target_ratio, self.points[-1].token_skip_ratio)
 
-    def threshold_for(self, ratio: float) -> float:
-        """The threshold that skips this share of FFN blocks, between the measured points linearly.
+    def region_at(self, point: SkipPoint) -> tuple[int, int]:
+        """(cold_start, cold_end) of one of the points."""
+        return point.region or (self.cold_start, self.cold_end)
+
+    def at_ratio(self, ratio: float) -> tuple[float, tuple[int, int]]:
+        """(threshold, region) that skip this share of FFN blocks, between the measured points
+        linearly; between points of different regions, whose thresholds do not mix, the nearer's.
 
         0 < ratio <= max_ratio. Ratios below the first point lie between it and threshold 1.
         """
         assert 0 < ratio <= self.max_ratio, "the caller has compared the ratio with max_ratio"
-        low_ratio, low_threshold = 0.0, 1.0
+        low_ratio, low_threshold, low_region = 0.0, 1.0, self.region_at(self.points[0])
         for point in self.points:
+            high_region = self.region_at(point)
             if ratio <= point.token_skip_ratio:
                 share = (ratio - low_ratio) / (point.token_skip_ratio - low_ratio)
-                return low_threshold + share * (point.threshold - low_threshold)
-            low_ratio, low_threshold = point.token_skip_ratio, point.threshold
-        return low_threshold  # the last target, of which the measurement fell short
+                if low_region != high_region:
+                    return (
+                        (low_threshold, low_region)
+                        if share < 0.5
+                        else (point.threshold, high_region)
+                    )
+                return low_threshold + share * (point.threshold - low_threshold), low_region
+            low_ratio, low_threshold, low_region = (
+                point.token_skip_ratio,
+                point.threshold,
+                high_region,
+            )
+        return low_threshold, low_region  # the last target, of which the measurement fell short
 
     def check_model(self, fingerprint: str) -> None:
         """Raises ProfileError unless the profile was made for this very model."""
@@ -195,12 +216,15 @@ def resolve_skip(
             "`skipllm calibrate` makes one.",
             param="skip",
         )
+    region = (profile.cold_start, profile.cold_end)
+    if threshold is None:
+        threshold, region = _at_ratio(profile, ratio)
     return SkipParams(
         policy="ffn_skip",
-        threshold=threshold if threshold is not None else _threshold(profile, ratio),
+        threshold=threshold,
         warmup_tokens=_first(wish.warmup_tokens, defaults.warmup_tokens, profile.warmup_tokens),
-        cold_start=profile.cold_start,
-        cold_end=profile.cold_end,
+        cold_start=region[0],
+        cold_end=region[1],
         max_skips=wish.max_skips if wish.max_skips is not None else defaults.max_skips,
         trace=trace,
     )
@@ -220,7 +244,7 @@ def _check(wish: SkipOptions) -> None:
         )
 
 
-def _threshold(profile: SkipProfile, ratio: float | None) -> float:
+def _at_ratio(profile: SkipProfile, ratio: float | None) -> tuple[float, tuple[int, int]]:
     if ratio is None:
         raise InvalidRequestError(
             "How much to skip is not said: give skip.ratio or skip.threshold.", param="skip.ratio"
@@ -231,7 +255,7 @@ def _threshold(profile: SkipProfile, ratio: float | None) -> float:
             f"{profile.max_ratio:.2f}.",
             param="skip.ratio",
         )
-    return profile.threshold_for(ratio)
+    return profile.at_ratio(ratio)
 
 
 def _first(*values: int | None) -> int:

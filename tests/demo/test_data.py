@@ -105,6 +105,15 @@ def test_broken_stories_are_not_coherent(text: str) -> None:
     assert not stories.is_coherent(text)
 
 
+def test_a_stutter_anywhere_breaks_a_story() -> None:
+    rng = random.Random(7)
+    for _ in range(200):
+        words = stories.make_story(rng, only_tales=True).text.split()
+        at = rng.randrange(len(words) - 1)
+        stuttered = [*words[: at + 2], *words[at : at + 2], *words[at + 2 :]]
+        assert not stories.is_coherent(" ".join(stuttered)), stuttered
+
+
 def test_a_story_about_someone_else_is_not_the_one_asked_for() -> None:
     story = stories.make_story(random.Random(1), only_tales=True)
     assert stories.is_coherent(story.text, "Tell me a story.")

@@ -46,15 +46,16 @@ def test_the_cold_regions_end_where_the_plateau_begins(
 
 def test_regions_to_compare_lose_their_worse_end_one_by_one() -> None:
     means = [0.2, 0.99, 0.98, 0.97, 0.96, 0.96, 0.96, 0.96, 0.95, 0.96, 0.94, 0.2]
-    # Six layers are the fewest that can skip 35 % of twelve: five, and one that triggers.
-    assert candidate_regions(means) == [(1, 11), (1, 10), (1, 9), (1, 8), (1, 7)]
-    assert candidate_regions(means[::-1]) == [(1, 11), (2, 11), (3, 11), (4, 11), (5, 11)]
+    # Five layers are the fewest that can skip 30 % of twelve: four, and one that triggers. Of the
+    # six regions down to there, five are compared.
+    assert candidate_regions(means) == [(1, 11), (1, 10), (1, 9), (1, 7), (1, 6)]
+    assert candidate_regions(means[::-1]) == [(1, 11), (2, 11), (3, 11), (5, 11), (6, 11)]
 
 
 def test_of_many_regions_a_few_are_compared_from_the_widest_to_the_narrowest() -> None:
     regions = candidate_regions([0.99] * 80)
     assert len(regions) == 5
-    assert [end - start for start, end in regions] == [78, 66, 54, 41, 29]
+    assert [end - start for start, end in regions] == [78, 65, 52, 38, 25]
 
 
 def test_a_plateau_too_narrow_to_choose_from_is_taken_as_it_is() -> None:
@@ -135,6 +136,10 @@ def test_calibration_tells_what_skipping_does_to_the_model(profile: SkipProfile)
         assert point.token_skip_ratio == pytest.approx(point.target_ratio, abs=0.1)
         assert 0 < point.top1_agreement < 1  # a random model is no robust one
         assert point.kl > 0
+        start, end = profile.region_at(point)
+        assert point.target_ratio <= (end - 1 - start) / NUM_LAYERS, "the region reaches the target"
+        reach = (profile.cold_end - 1 - profile.cold_start) / NUM_LAYERS
+        assert (point.region is None) == (point.target_ratio <= reach), "wider only where needed"
     assert all(layer.p05 <= layer.p50 <= layer.p95 for layer in profile.similarity)
 
 

@@ -77,6 +77,8 @@ def saved_with(path: Path, **changes: Any) -> Path:
         {"warmup_tokens": 2.5},
         {"points": [{"threshold": 0.9}]},
         {"points": "many"},
+        {"points": [msgspec.to_builtins(point(0.1, 0.9, 0.1)) | {"region": [2, 5]}]},
+        {"points": [msgspec.to_builtins(point(0.1, 0.9, 0.1)) | {"region": [1, 6]}]},
         {"similarity": []},
         {"similarity": [{"mean": float("nan")}]},
     ],
@@ -123,15 +125,26 @@ def test_a_profile_of_another_model_is_refused() -> None:
 
 
 def test_thresholds_are_those_measured_and_between_them_linear() -> None:
-    assert PROFILE.threshold_for(0.12) == pytest.approx(0.98)
-    assert PROFILE.threshold_for(0.16) == pytest.approx(0.97)
-    assert PROFILE.threshold_for(0.20) == pytest.approx(0.96)
-    assert PROFILE.threshold_for(0.06) == pytest.approx(0.99)  # half-way to never
+    for ratio, threshold in ((0.12, 0.98), (0.16, 0.97), (0.20, 0.96), (0.06, 0.99)):
+        assert PROFILE.at_ratio(ratio) == (pytest.approx(threshold), (1, 5))
+
+
+def test_a_ratio_beyond_the_regions_reach_takes_a_wider_one() -> None:
+    narrow = msgspec.structs.replace(PROFILE, cold_start=2, cold_end=4)
+    wide = msgspec.structs.replace(PROFILE.points[2], threshold=0.97, region=(1, 5))
+    both = msgspec.structs.replace(narrow, points=(*PROFILE.points[:2], wide))
+    assert both.at_ratio(0.16) == (pytest.approx(0.97), (2, 4))
+    assert both.at_ratio(0.23) == (0.96, (2, 4)), "thresholds of two regions do not mix"
+    assert both.at_ratio(0.25) == both.at_ratio(0.28) == (0.97, (1, 5))
+    skip = resolve_skip(SKIPPING, both, SkipOptions(ratio=0.28))
+    assert (skip.threshold, skip.cold_start, skip.cold_end) == (0.97, 1, 5)
+    skip = resolve_skip(SKIPPING, both, SkipOptions(threshold=0.97))
+    assert (skip.cold_start, skip.cold_end) == (2, 4)
 
 
 def test_the_last_target_is_within_reach_although_the_measurement_fell_short() -> None:
     assert PROFILE.max_ratio == 0.3
-    assert PROFILE.threshold_for(0.3) == 0.9
+    assert PROFILE.at_ratio(0.3) == (0.9, (1, 5))
 
 
 # Wishes ------------------------------------------------------------------------------------------
