@@ -89,9 +89,15 @@ async def test_a_stream_brings_every_token_and_then_ends() -> None:
 
 
 async def test_a_reader_that_lags_finds_what_it_missed_in_one_output() -> None:
-    async with started() as client:
+    is_first_read = threading.Event()
+
+    def wait(batch: Batch) -> None:
+        assert batch.kind == "prefill" or is_first_read.wait(10)
+
+    async with started(lambda: fake_engine(FakeRunner(fail=wait))) as client:
         stream = client.submit([40], params(200))
         first = await anext(stream)
+        is_first_read.set()
         await until(lambda: client.num_unfinished == 0)
         rest = await anext(stream)
         assert tokens([first, rest]) == [32 + (9 + i) % 95 for i in range(200)]

@@ -13,6 +13,7 @@ from skipllm_core.client.base import EngineClient
 from skipllm_core.engine.engine import Engine
 from skipllm_core.errors import ConfigError
 from skipllm_core.messages import Command, Message, Ready, Stepped
+from skipllm_core.types import EngineHealth
 from skipllm_core.worker import serve_engine
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class InProcessEngineClient(EngineClient):
         if self._thread.is_alive():
             self._commands.put(None)
             await asyncio.to_thread(self._thread.join)
+        self._health = EngineHealth("dead", "the engine was closed")  # no news: not logged
         self._on_stopped("the engine was closed")
 
     def _post(self, command: Command) -> None:

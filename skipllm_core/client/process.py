@@ -17,6 +17,7 @@ from skipllm_core.client.worker_handle import WorkerHandle
 from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError, EngineDeadError
 from skipllm_core.messages import Command, Stepped
+from skipllm_core.types import EngineHealth
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class ProcessEngineClient(EngineClient):
             await asyncio.wait({self._supervisor})
         if self._worker is not None:
             await self._worker.stop()
-        self._set_health("dead", "the engine was closed")
+        self._health = EngineHealth("dead", "the engine was closed")  # no news: not logged
         self._fail_streams("the engine was closed")
         self._resources.close()
 
