@@ -5,23 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from server.prompts import read_prompt_lines
 from server.settings import Settings, SettingsError
+from skipllm_core.client.worker_handle import openmp_environment
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.tokenizer import HFTokenizer, Tokenizer
-
-
-class PromptLine(msgspec.Struct):
-    """One line of the prompts file: a chat or a raw prompt."""
-
-    messages: list[dict[str, str]] | None = None
-    prompt: str | None = None
 
 
 def run_calibration(
@@ -34,8 +28,7 @@ def run_calibration(
     model_dir = resolve_model(settings.model)
     prompts = read_prompts(prompts_file, HFTokenizer(model_dir))
     console = Console(stderr=True, highlight=False)
-    # Before torch is loaded: spinning threads collapse as soon as anything else needs a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(openmp_environment(settings.num_threads))
     from skipllm_core.skip.calibrate import calibrate_model
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -57,24 +50,14 @@ def run_calibration(
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of a JSON Lines file of chats and raw prompts. Raises SettingsError."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise SettingsError(f"cannot read {path}: {reason}") from None
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in read_prompt_lines(path):
         try:
-            entry = msgspec.json.decode(line, type=PromptLine)
-            if entry.messages is not None:
-                prompts.append(tokenizer.encode_chat(entry.messages))
-            elif entry.prompt is not None:
-                prompts.append(tokenizer.encode(entry.prompt))
+            if line.messages is not None:
+                prompts.append(tokenizer.encode_chat(line.messages))
             else:
-                raise InvalidRequestError("neither messages nor prompt")
-        except (msgspec.DecodeError, InvalidRequestError) as error:
+                prompts.append(tokenizer.encode(line.prompt or ""))
+        except InvalidRequestError as error:
             raise SettingsError(f"{path}, line {number}: {error}") from None
     return prompts
 

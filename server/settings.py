@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from skipllm_core.config import Device, DType, EngineConfig, LoadFormat
+from skipllm_core.config import Device, DType, EngineConfig, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.skip.profile import SkipDefaults, SkipProfile, resolve_skip
 from skipllm_core.types import SkipPolicyName
@@ -86,8 +86,10 @@ class Settings(BaseModel):
     max_model_len: int | None = _setting(
         "Model", None, "Longest prompt plus answer, in tokens; by default, the model's own.", ge=2
     )
-    quantization: Literal["none"] = _setting(
-        "Model", "none", "Weights are served in --dtype; quantized ones are not supported yet."
+    quantization: Quantization = _setting(
+        "Model",
+        "none",
+        "none: weights in --dtype; int8: 8 bits, one scale per output (CPU only so far).",
     )
     seed: int = _setting("Model", 0, "Seed of dummy weights.", ge=0, lt=2**63)
 
@@ -107,8 +109,11 @@ class Settings(BaseModel):
         "Engine", 0.9, "Without --kv-cache-memory: the share of the GPU's memory to use.",
         gt=0, le=1,
     )  # fmt: skip
+    enable_prefix_caching: bool = _setting(
+        "Engine", True, "Prompts that begin alike share what was computed of them; on by default."
+    )
     enforce_eager: bool = _setting(
-        "Engine", False, "No CUDA graphs. There are none yet: the decode step is eager anyway."
+        "Engine", False, "Decode with torch's operators alone: slower, to look for faults."
     )
     num_threads: int | None = _setting(
         "Engine",
@@ -187,9 +192,12 @@ class Settings(BaseModel):
             device=self.device,
             dtype=self.dtype,
             load_format=self.load_format,
+            quantization=self.quantization,
+            enforce_eager=self.enforce_eager,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            enable_prefix_caching=self.enable_prefix_caching,
             kv_cache_memory_bytes=None if memory is None else int(memory),
             gpu_memory_utilization=self.gpu_memory_utilization,
             num_threads=self.num_threads,

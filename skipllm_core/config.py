@@ -9,6 +9,7 @@ from typing import Literal
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+Quantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +23,18 @@ class EngineConfig:
     device: Device = "auto"
     dtype: DType = "auto"
     load_format: LoadFormat = "auto"
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     # Enough to be bound by arithmetic and not by reading weights, on a GPU too; more would only
     # make running streams wait longer for a prefill step.
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    enable_prefix_caching: bool = True  # share the K/V of prompts that begin alike
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory, weights included (CUDA only)
-    num_threads: int | None = None  # CPU: torch threads of the worker; None: all usable cores
+    enforce_eager: bool = False  # torch's own operators only
+    num_threads: int | None = None  # CPU: threads of the worker; None: all usable cores
     seed: int = 0  # of dummy weights
     max_num_queued_reqs: int = 256
     max_queued_tokens: int = 1_000_000  # prompt tokens waiting, beyond which requests are refused

@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from skipllm_core.config import Quantization
 from skipllm_core.model.config import ModelConfig, RopeConfig
+
+INT8_MAX = 127
+# Inputs of int8 weights have 12 bits: exact enough to cost nothing beside the weights' rounding,
+# and a sum of 65,536 products stays within 32 bits.
+INPUT_MAX = 2047
 
 
 class Place(NamedTuple):
-    """Where and how wide the weights are."""
+    """Where and how wide the weights are. `quantization` is that of the linears' weights."""
 
     dtype: torch.dtype
     device: torch.device
+    quantization: Quantization = "none"
 
 
 def weight(*shape: int, place: Place) -> nn.Parameter:
@@ -27,15 +34,38 @@ def weight(*shape: int, place: Place) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """x [..., in] -> x W^T + b [..., out]."""
+    """x [..., in] -> x W^T + b [..., out].
+
+    With int8 weights W = scale * weight, one scale per output, and every row of x is rounded to
+    12 bits: x = max |x| / INPUT_MAX * integer. So kernels may multiply in integers, exactly.
+    """
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, place: Place) -> None:
         super().__init__()
-        self.weight = weight(out_size, in_size, place=place)
+        is_int8 = place.quantization == "int8"
+        dtype = torch.int8 if is_int8 else place.dtype
+        self.weight = weight(out_size, in_size, place=place._replace(dtype=dtype))
+        scale_place = place._replace(dtype=torch.float32)
+        self.scale = weight(out_size, place=scale_place) if is_int8 else None
         self.bias = weight(out_size, place=place) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        dequantized = (self.weight.float() * self.scale[:, None]).to(x.dtype)
+        return F.linear(_rounded_rows(x), dequantized, self.bias)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [out, in] as int8 [out, in] and float32 scales [out], symmetric, one per output."""
+    scale = (weight.abs().amax(dim=-1) / INT8_MAX).float()
+    rounded = (weight.float() / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]).round()
+    return rounded.to(torch.int8), scale
+
+
+def _rounded_rows(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=-1, keepdim=True) / INPUT_MAX
+    return (x / scale.clamp_min(torch.finfo(x.dtype).tiny)).round() * scale
 
 
 class RMSNorm(nn.Module):

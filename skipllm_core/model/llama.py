@@ -87,17 +87,23 @@ class LlamaModel(nn.Module):
         self.blocks = [Block(config, layer, place=place) for layer in range(config.num_layers)]
         self._registered_blocks = nn.ModuleList(self.blocks)  # parameters() finds them here
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, place=place)
-        self.head_weight = (
-            self.embedding
-            if config.tie_word_embeddings
-            else weight(config.vocab_size, config.hidden_size, place=place)
-        )
-        self._rotary = Rotary(config, place=place)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, place=place)
+        if config.tie_word_embeddings and self.lm_head.scale is None:
+            self.lm_head.weight = self.embedding
+        self.rotary = Rotary(config, place=place)
+
+    @property
+    def num_parameters(self) -> int:
+        """As the checkpoint counts them: without scales, and a tied head once."""
+        counted = {name: p.numel() for name, p in self.named_parameters() if "scale" not in name}
+        if self.config.tie_word_embeddings:
+            counted.pop("lm_head.weight", None)
+        return sum(counted.values())
 
     def context(self, rows: Sequence[ContextRow], kv_cache: KVCache) -> AttentionContext:
         """The context of one step over `rows`, for `forward` or a loop over the blocks."""
         return AttentionContext.build(
-            rows, rotary=self._rotary, windows=frozenset(self.config.windows), kv_cache=kv_cache
+            rows, rotary=self.rotary, windows=frozenset(self.config.windows), kv_cache=kv_cache
         )
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -113,4 +119,4 @@ class LlamaModel(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """h [num_rows, hidden] -> logits [num_rows, vocab], float32; the final norm is inside."""
-        return F.linear(self.norm(h), self.head_weight).float()
+        return cast(Tensor, self.lm_head(self.norm(h)).float())

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from skipllm_core.config import DType, LoadFormat
+from skipllm_core.config import DType, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, UnsupportedModelError
 from skipllm_core.model.checkpoint import TensorInfo, read_tensors
 from skipllm_core.model.config import ModelConfig, load_model_config
-from skipllm_core.model.layers import Place
+from skipllm_core.model.layers import Linear, Place, quantize
 from skipllm_core.model.llama import LlamaModel
 
 _DTYPES = {
@@ -25,10 +25,20 @@ _DTYPES = {
 
 
 class _Target(NamedTuple):
-    """Where a checkpoint's tensor goes: a view of a weight, and the shape it must have."""
+    """Where a checkpoint's tensor goes: a view of a weight, and the shape it must have. Of a
+    quantized weight, the view of its scales too."""
 
     view: Tensor
     shape: tuple[int, ...]
+    scale: Tensor | None = None
+
+    def fill(self, tensor: Tensor) -> None:
+        if self.scale is None:
+            self.view.copy_(tensor)
+            return
+        rounded, scale = quantize(tensor.to(self.view.device))
+        self.view.copy_(rounded)
+        self.scale.copy_(scale)
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, dtype: DType) -> torch.dtype:
@@ -49,24 +59,27 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     load_format: LoadFormat = "auto",
+    quantization: Quantization = "none",
     seed: int = 0,
 ) -> LlamaModel:
     """The model of a directory, in eval mode and without gradients.
 
-    Tensors are copied one by one, so the peak is the model itself and one tensor. Raises
+    Tensors are copied (and quantized) one by one, so the peak is the model and one tensor. Raises
     UnsupportedModelError when the checkpoint is not one of ours or does not fit its config.
     """
     config = load_model_config(model_dir)
     if load_format == "dummy":
-        model = _allocate(config, Place(dtype, device))
+        model = _allocate(config, Place(dtype, device, quantization))
         _fill_at_random(model, seed)
+        _tie_quantized_head(model)
         return model.eval()
     tensors = read_tensors(model_dir)
     # Compared before anything is allocated: a config may promise more than the files hold.
-    plan = _allocate(config, Place(dtype, torch.device("meta")))
+    plan = _allocate(config, Place(dtype, torch.device("meta"), quantization))
     _check(model_dir, tensors, _targets(plan), is_tied=config.tie_word_embeddings)
-    model = _allocate(config, Place(dtype, device))
+    model = _allocate(config, Place(dtype, device, quantization))
     _copy(tensors, _targets(model))
+    _tie_quantized_head(model)
     return model.eval()
 
 
@@ -80,36 +93,52 @@ def _allocate(config: ModelConfig, place: Place) -> LlamaModel:
 
 def _targets(model: LlamaModel) -> dict[str, _Target]:
     """Every tensor that a checkpoint of this model must have, by its name there."""
-    views: dict[str, Tensor] = {
-        "model.embed_tokens.weight": model.embedding,
-        "model.norm.weight": model.norm.weight,
+    targets = {
+        "model.embed_tokens.weight": _target(model.embedding),
+        "model.norm.weight": _target(model.norm.weight),
     }
     if not model.config.tie_word_embeddings:
-        views["lm_head.weight"] = model.head_weight
-    head_norms = {}
+        targets |= _linear_targets({"lm_head": model.config.vocab_size}, model.lm_head)
     for layer, block in enumerate(model.blocks):
         at, attention, ffn = f"model.layers.{layer}", block.attention, block.ffn
-        views[f"{at}.input_layernorm.weight"] = block.norm1.weight
-        views[f"{at}.post_attention_layernorm.weight"] = block.norm2.weight
+        targets[f"{at}.input_layernorm.weight"] = _target(block.norm1.weight)
+        targets[f"{at}.post_attention_layernorm.weight"] = _target(block.norm2.weight)
         q_heads, kv_heads = attention.num_heads, attention.num_kv_heads
         head_counts = {"q_proj": q_heads, "k_proj": kv_heads, "v_proj": kv_heads}
-        for parameter, fused in attention.qkv.named_parameters():
-            sizes = [count * attention.head_dim for count in head_counts.values()]
-            for name, view in zip(head_counts, torch.split(fused, sizes), strict=True):
-                views[f"{at}.self_attn.{name}.{parameter}"] = view
-        for parameter, fused in ffn.gate_up.named_parameters():
-            for name, view in zip(("gate_proj", "up_proj"), fused.chunk(2), strict=True):
-                views[f"{at}.mlp.{name}.{parameter}"] = view
-        for parameter, tensor in attention.o.named_parameters():
-            views[f"{at}.self_attn.o_proj.{parameter}"] = tensor
-        for parameter, tensor in ffn.down.named_parameters():
-            views[f"{at}.mlp.down_proj.{parameter}"] = tensor
+        qkv = {
+            f"{at}.self_attn.{name}": count * attention.head_dim
+            for name, count in head_counts.items()
+        }
+        inner, hidden = model.config.intermediate_size, model.config.hidden_size
+        targets |= _linear_targets(qkv, attention.qkv)
+        targets |= _linear_targets({f"{at}.self_attn.o_proj": hidden}, attention.o)
+        gate_up = {f"{at}.mlp.{name}": inner for name in ("gate_proj", "up_proj")}
+        targets |= _linear_targets(gate_up, ffn.gate_up)
+        targets |= _linear_targets({f"{at}.mlp.down_proj": hidden}, ffn.down)
         if attention.qk_norm is not None:
-            head_norms[f"{at}.self_attn.q_norm.weight"] = attention.qk_norm.weight[:q_heads]
-            head_norms[f"{at}.self_attn.k_norm.weight"] = attention.qk_norm.weight[q_heads:]
-    targets = {name: _Target(view, tuple(view.shape)) for name, view in views.items()}
-    # One norm weight of the checkpoint serves every head of the fused one.
-    targets |= {name: _Target(view, tuple(view.shape[1:])) for name, view in head_norms.items()}
+            # One norm weight of the checkpoint serves every head of the fused one.
+            shape = (attention.head_dim,)
+            norms = attention.qk_norm.weight
+            targets[f"{at}.self_attn.q_norm.weight"] = _Target(norms[:q_heads], shape)
+            targets[f"{at}.self_attn.k_norm.weight"] = _Target(norms[q_heads:], shape)
+    return targets
+
+
+def _target(view: Tensor, scale: Tensor | None = None) -> _Target:
+    return _Target(view, tuple(view.shape), scale)
+
+
+def _linear_targets(num_outputs: dict[str, int], linear: Linear) -> dict[str, _Target]:
+    """The checkpoint's linears, named with their numbers of outputs, that are one of ours."""
+    targets = {}
+    first = 0
+    for name, size in num_outputs.items():
+        rows = slice(first, first + size)
+        scale = None if linear.scale is None else linear.scale[rows]
+        targets[f"{name}.weight"] = _target(linear.weight[rows], scale)
+        if linear.bias is not None:
+            targets[f"{name}.bias"] = _target(linear.bias[rows])
+        first += size
     return targets
 
 
@@ -153,7 +182,7 @@ def _copy(tensors: dict[str, TensorInfo], targets: dict[str, _Target]) -> None:
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in names:
-                    targets[name].view.copy_(weights.get_tensor(name))
+                    targets[name].fill(weights.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise UnsupportedModelError(f"{file}: {error}") from error
 
@@ -165,6 +194,19 @@ def _fill_at_random(model: LlamaModel, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)
-        else:
-            std = parameter.shape[-1] ** -0.5
-            parameter.normal_(0.0, std, generator=generator)
+        elif not name.endswith("scale"):
+            scale = (
+                model.get_parameter(f"{name.removesuffix('weight')}scale")
+                if (parameter.dtype == torch.int8)
+                else None
+            )
+            target = _target(parameter, scale)
+            like = torch.empty_like(parameter, dtype=torch.float32 if scale is not None else None)
+            target.fill(like.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator))
+
+
+@torch.no_grad()
+def _tie_quantized_head(model: LlamaModel) -> None:
+    """A tied head in int8 is a copy: the embedding is looked up as it is."""
+    if model.config.tie_word_embeddings and model.lm_head.scale is not None:
+        _target(model.lm_head.weight, model.lm_head.scale).fill(model.embedding)

@@ -1,4 +1,7 @@
-"""The decode step: attention always, the FFN where the gate says so."""
+"""The decode step: attention always, the FFN where the gate says so.
+
+Twice: with torch's operators on any device, and with the CPU's own kernels. Both ask the same gate.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from skipllm_core.kernels.cpu import CpuDecoder
 from skipllm_core.model.attention import AttentionContext
 from skipllm_core.model.llama import Block, LlamaModel
-from skipllm_core.skip.policy import SkipGate
+from skipllm_core.skip.policy import SkipGate, similarity
 
 
 def decode_step(
@@ -32,7 +36,8 @@ def gated_forward(
         rows = gate.rows_to_run(layer)
         if rows:
             after = _feed_forward(block, h, rows)
-            gate.observe(layer, h, after)
+            if gate.watches(layer):
+                gate.observe(layer, similarity(h, after).tolist())  # the layer's one transfer
             h = after
     return h
 
@@ -43,3 +48,25 @@ def _feed_forward(block: Block, h: Tensor, rows: Collection[int]) -> Tensor:
         return block.feed_forward(h)
     index = torch.tensor(list(rows), device=h.device)
     return h.index_copy(0, index, block.feed_forward(h.index_select(0, index)))
+
+
+def cpu_decode_step(
+    decoder: CpuDecoder,
+    token_ids: list[int],
+    positions: list[int],
+    block_tables: list[list[int]],
+    gate: SkipGate,
+) -> Tensor:
+    """`decode_step` by the CPU's kernels: one token of every row -> logits [num_rows, vocab]."""
+    num_rows = len(token_ids)
+    decoder.begin(token_ids, positions, block_tables)
+    for layer in range(decoder.num_layers):
+        decoder.attend(layer)
+        rows = gate.rows_to_run(layer)
+        if rows:
+            some = None if len(rows) == num_rows else list(rows)
+            if gate.watches(layer):
+                gate.observe(layer, decoder.feed_forward_watched(layer, some))
+            else:
+                decoder.feed_forward(layer, some)
+    return decoder.logits()

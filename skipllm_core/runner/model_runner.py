@@ -13,10 +13,11 @@ from torch import Tensor
 from skipllm_core.config import Device, EngineConfig
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
 from skipllm_core.errors import ConfigError
+from skipllm_core.kernels.cpu import CpuDecoder, is_available
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.loader import load_model, resolve_dtype
-from skipllm_core.runner.decode import decode_step, gated_forward
+from skipllm_core.runner.decode import cpu_decode_step, decode_step, gated_forward
 from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.runner.memory import cpu_budget_bytes, cuda_budget_bytes
 from skipllm_core.runner.sampler import sample
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 class TorchModelRunner:
-    """Computes batches with a checkpoint's model; the same eager code on CPU and on CUDA.
+    """Computes batches with a checkpoint's model: decode steps with the device's own kernels where
+    there are some, everything else with torch's operators.
 
     Raises ConfigError when the device, the model or the KV cache cannot be had.
     """
@@ -42,24 +44,29 @@ class TorchModelRunner:
             device=device,
             dtype=dtype,
             load_format=config.load_format,
+            quantization=config.quantization,
             seed=config.seed,
         )
         self.device = str(device)
         self.dtype = str(dtype).removeprefix("torch.")
         self.num_layers = self.model.config.num_layers
         self.vocab_size = self.model.config.vocab_size
-        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.num_parameters = self.model.num_parameters
         self.block_size = config.block_size
         self._device = device
         self._dtype = dtype
         self.max_model_len, self.num_kv_blocks = self._cache_size(config)
         self.kv_cache = self._new_cache(self.num_kv_blocks)
+        self.cpu_decoder = self._new_cpu_decoder(config)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
-        # A row of the gate is a token. Output tokens that a preemption made part of a prefill are
-        # decoded again under the rule they were decoded under: their K and V come out the same.
-        gate = gate_for(
+    def run(self, batch: Batch, gate: SkipGate | None = None) -> StepResult:
+        """Computes the batch; `gate` stands in for the one that the rows' settings give.
+
+        A row of the gate is a token. Output tokens that a preemption made part of a prefill are
+        decoded again under the rule they were decoded under: their K and V come out the same.
+        """
+        gate = gate or gate_for(
             [
                 skip_at(row.seq, position)
                 for row in batch.rows
@@ -85,6 +92,19 @@ class TorchModelRunner:
     def logits(self, rows: Sequence[ScheduledSeq], gate: SkipGate) -> Tensor:
         """Computes the rows' scheduled tokens, under a gate with one row per token. Returns the
         logits [num_sampling_rows, vocab] that the rows which sample have to sample from."""
+        is_decode = all(row.num_tokens == 1 and row.samples for row in rows)
+        if (
+            is_decode
+            and self.cpu_decoder is not None
+            and len(rows) <= self.cpu_decoder.max_num_rows
+        ):
+            return cpu_decode_step(
+                self.cpu_decoder,
+                [row.seq.token_ids[_start(row)] for row in rows],
+                [_start(row) for row in rows],
+                [row.seq.block_table for row in rows],
+                gate,
+            )
         context_rows = [
             ContextRow(_start(row), row.num_tokens, row.seq.block_table) for row in rows
         ]
@@ -103,6 +123,24 @@ class TorchModelRunner:
             return decode_step(self.model, token_ids, ctx, gate)
         h = gated_forward(self.model, token_ids, ctx, gate)
         return self.model.head(h[torch.tensor(last, dtype=torch.int64, device=self._device)])
+
+    def _new_cpu_decoder(self, config: EngineConfig) -> CpuDecoder | None:
+        is_wanted = self._device.type == "cpu" and not config.enforce_eager
+        if not is_wanted or self._dtype != torch.float32:
+            return None
+        if not is_available():
+            logger.warning(
+                "decoding with torch alone, at a fraction of the speed: the CPU kernels were not "
+                "built when skipllm was installed. Install a C compiler, and skipllm again"
+            )
+            return None
+        return CpuDecoder(
+            self.model,
+            self.kv_cache,
+            max_num_rows=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            num_threads=torch.get_num_threads(),
+        )
 
     # Sizing the KV cache -------------------------------------------------------------------------
 

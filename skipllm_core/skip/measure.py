@@ -12,7 +12,7 @@ from skipllm_core.engine.runner import ScheduledSeq
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.sequence import Sequence as Seq
-from skipllm_core.skip.policy import NeverGate, SkipGate, gate_for, similarity, skip_at
+from skipllm_core.skip.policy import NeverGate, SkipGate, gate_for, skip_at
 from skipllm_core.types import SamplingParams, SkipParams
 
 FULL = SkipParams(policy="never")
@@ -87,15 +87,18 @@ class SimilarityRecorder(NeverGate):
 
     def __init__(self, num_rows: int) -> None:
         super().__init__(num_rows)
-        self._layers: list[Tensor] = []
+        self._layers: list[Sequence[float]] = []
 
-    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
-        self._layers.append(similarity(before, after))
+    def watches(self, layer: int) -> bool:
+        return True
+
+    def observe(self, layer: int, similarities: Sequence[float]) -> None:
+        self._layers.append(similarities)
 
     @property
     def similarities(self) -> Tensor:
         """[num_rows, num_layers], on the CPU."""
-        return torch.stack(self._layers, dim=1).cpu()
+        return torch.tensor(self._layers).T
 
 
 def record(probe: Probe, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ class SkipGate(Protocol):
     """Asked by the decode step, layer after layer, for one step.
 
     `rows_to_run(layer)` is called once per layer and gives the rows (in ascending order) that run
-    its FFN. `observe` is then shown the residual before and after the FFN, both [num_rows, hidden];
-    it is not called where no row ran. Rows that did not run are equal in both.
+    its FFN. Where some did and the gate `watches(layer)`, `observe` is then told every row's
+    `similarity` of the residual before and after the FFN: 1 for a row that did not run.
     """
 
     @property
@@ -36,7 +36,9 @@ class SkipGate(Protocol):
 
     def rows_to_run(self, layer: int) -> Collection[int]: ...
 
-    def observe(self, layer: int, before: Tensor, after: Tensor) -> None: ...
+    def watches(self, layer: int) -> bool: ...
+
+    def observe(self, layer: int, similarities: Sequence[float]) -> None: ...
 
 
 class NeverGate:
@@ -49,7 +51,10 @@ class NeverGate:
     def rows_to_run(self, layer: int) -> Collection[int]:
         return self._rows
 
-    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
+    def watches(self, layer: int) -> bool:
+        return False
+
+    def observe(self, layer: int, similarities: Sequence[float]) -> None:
         pass
 
 
@@ -57,7 +62,7 @@ class FfnSkipGate:
     """The adaptive rule above, per row (`row_exact`): a row's decisions depend on it alone.
 
     `rows` bears each row's settings, None for a row that cannot skip in this step. Control flow is
-    on the host: one small transfer per layer at which some row may still trigger, none after that.
+    on the host: it watches the layers at which some row may still trigger.
     """
 
     def __init__(self, rows: Sequence[SkipParams | None]) -> None:
@@ -81,19 +86,18 @@ class FfnSkipGate:
         skipped.append(layer)
         return True
 
-    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
-        # A trigger at the last skippable layer would change nothing: there is no next one.
-        watched = [
-            row
-            for row, skip in self._watched.items()
-            if skip.cold_start <= layer < skip.cold_end - 1
-        ]
-        if not watched:
-            return
-        similarities = similarity(before, after).tolist()  # the layer's one transfer
-        for row in watched:
-            if similarities[row] >= self._watched[row].threshold:
+    def watches(self, layer: int) -> bool:
+        return any(_may_trigger(skip, layer) for skip in self._watched.values())
+
+    def observe(self, layer: int, similarities: Sequence[float]) -> None:
+        for row, skip in tuple(self._watched.items()):
+            if _may_trigger(skip, layer) and similarities[row] >= skip.threshold:
                 self._triggered[row] = self._watched.pop(row)
+
+
+def _may_trigger(skip: SkipParams, layer: int) -> bool:
+    # A trigger at the last skippable layer would change nothing: there is no next one.
+    return skip.cold_start <= layer < skip.cold_end - 1
 
 
 class ForcedGate:
@@ -112,7 +116,10 @@ class ForcedGate:
                 rows.append(row)
         return rows
 
-    def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
+    def watches(self, layer: int) -> bool:
+        return False
+
+    def observe(self, layer: int, similarities: Sequence[float]) -> None:
         pass
 
 

@@ -66,7 +66,7 @@ def test_a_tied_head_is_one_tensor_and_may_be_stored_twice(tmp_path: Path) -> No
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     save_file(tensors, file)
     model = load(model_dir)
-    assert model.head_weight is model.embedding
+    assert model.lm_head.weight is model.embedding
 
 
 # -- refusals: what is broken, and the words that tell

@@ -15,7 +15,7 @@ from skipllm_core.runner import memory
 from skipllm_core.runner.decode import decode_step
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.sequence import Sequence
-from skipllm_core.skip.policy import FfnSkipGate, ForcedGate, NeverGate, similarity
+from skipllm_core.skip.policy import FfnSkipGate, ForcedGate, NeverGate
 from skipllm_core.types import SamplingParams, SkipParams
 from tests.runner.tiny import (
     BLOCK_BYTES,
@@ -59,12 +59,14 @@ def median_similarity(runner: TorchModelRunner) -> float:
     seen = []
 
     class Recorder(NeverGate):
-        def observe(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            if 1 <= layer < NUM_LAYERS - 1:
-                seen.append(similarity(before, after))
+        def watches(self, layer: int) -> bool:
+            return 1 <= layer < NUM_LAYERS - 1
+
+        def observe(self, layer: int, similarities: list[float]) -> None:
+            seen.extend(similarities)
 
     prefill(runner, PROMPTS[3], gate=Recorder(len(PROMPTS[3])))
-    return float(torch.cat(seen).quantile(0.6))
+    return float(torch.tensor(seen).quantile(0.6))
 
 
 def prefill(runner: TorchModelRunner, prompt_ids: list[int], first_block: int = 0, gate=None):

@@ -230,6 +230,5 @@ def test_a_gate_follows_the_word_by_word_rule() -> None:
         gate = FfnSkipGate([skip])
         for layer, cosine in enumerate(row.tolist()):
             if gate.rows_to_run(layer):
-                before = torch.tensor([[1.0, 0.0]])
-                gate.observe(layer, before, torch.tensor([[cosine, (1 - cosine**2) ** 0.5]]))
+                gate.observe(layer, [cosine])
         assert len(gate.skipped_layers[0]) == num_skips(row.tolist(), skip)

@@ -222,7 +222,7 @@ def test_forcing_the_decisions_of_the_rule_gives_the_same_result() -> None:
 def test_similarities_stop_being_looked_at_once_every_row_triggered(monkeypatch) -> None:
     looked_at = []
     monkeypatch.setattr(
-        "skipllm_core.skip.policy.similarity",
+        "skipllm_core.runner.decode.similarity",
         lambda before, after: looked_at.append(1) or similarity(before, after),
     )
     run(StubModel(EARLY, COSINES), FfnSkipGate([skip(), skip()]))
@@ -231,8 +231,7 @@ def test_similarities_stop_being_looked_at_once_every_row_triggered(monkeypatch)
 
 def test_not_a_number_never_triggers() -> None:
     gate = FfnSkipGate([skip(threshold=-1.0)])
-    h = torch.full((1, 3), torch.nan)
-    gate.observe(2, h, h)
+    gate.observe(2, [float("nan")])
     assert gate.rows_to_run(3) == range(1)
 
 

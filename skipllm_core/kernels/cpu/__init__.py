@@ -1,0 +1,150 @@
+"""The decode step's parts on the CPU, in C: weights are read once, at the memory's speed.
+
+`CpuDecoder` does what `Block.attend`, `Block.feed_forward` and `LlamaModel.head` do, which are its
+oracle, for decode steps only (one token a row) and float32 models, weights in int8 included. The
+results of a row are the same bits whatever other rows its step has.
+
+The C code is built when the package is installed and a C compiler is there; `is_available` tells.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from skipllm_core.model.layers import Linear
+from skipllm_core.model.llama import LlamaModel
+from skipllm_core.runner.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from skipllm_core.kernels.cpu import _decoder as _native
+else:
+    try:
+        from skipllm_core.kernels.cpu import _decoder as _native
+    except ImportError:  # no C compiler when the package was installed
+        _native = None
+
+
+def is_available() -> bool:
+    """Whether the C code was built."""
+    return _native is not None
+
+
+class CpuDecoder:
+    """The layers of a model on the CPU, over the rows of one step after the other.
+
+        begin(...); for each layer: attend(layer), feed_forward(layer, ...); logits()
+
+    Holds the residual h [num_rows, hidden] between the calls. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        kv_cache: KVCache,
+        *,
+        max_num_rows: int,
+        max_model_len: int,
+        num_threads: int,
+    ) -> None:
+        assert is_available()
+        config = model.config
+        cos, sin = model.rotary.cos_sin(torch.arange(max_model_len))
+        half = config.head_dim // 2  # of cos_sin's halves, one says all: the sine's second is +sin
+        self.num_layers = config.num_layers
+        self.max_num_rows = max_num_rows
+        self._num_rows = 0
+        self._vocab_size = config.vocab_size
+        self._kept_alive = (
+            model,
+            kv_cache,
+            cos[:, 0, :half].contiguous(),
+            sin[:, 0, half:].contiguous(),
+        )
+        self._decoder = _native.Decoder(
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=kv_cache.block_size,
+            max_blocks=-(-max_model_len // kv_cache.block_size),
+            max_rows=max_num_rows,
+            num_layers=config.num_layers,
+            num_threads=num_threads,
+            eps=config.rms_norm_eps,
+            cos=_address(self._kept_alive[2]),
+            sin=_address(self._kept_alive[3]),
+            embedding=_address(model.embedding),
+            norm=_address(model.norm.weight),
+            head=_linear(model.lm_head),
+        )
+        for layer, block in enumerate(model.blocks):
+            attention = block.attention
+            self._decoder.set_layer(
+                layer=layer,
+                norm1=_address(block.norm1.weight),
+                norm2=_address(block.norm2.weight),
+                qk_norm=_address(attention.qk_norm.weight) if attention.qk_norm else 0,
+                qkv=_linear(attention.qkv),
+                o=_linear(attention.o),
+                gate_up=_linear(block.ffn.gate_up),
+                down=_linear(block.ffn.down),
+                keys=_address(kv_cache.keys[layer]),
+                values=_address(kv_cache.values[layer]),
+                window=attention.window or 0,
+            )
+
+    @property
+    def instructions(self) -> str:
+        """The instruction set in use: avx512, avx2, or base for what every machine has."""
+        return self._decoder.instructions
+
+    def begin(
+        self, token_ids: list[int], positions: list[int], block_tables: list[list[int]]
+    ) -> None:
+        """h = embed(token_ids); a row's token stands at its position, its blocks have room for it
+        and hold K and V of those before."""
+        self._num_rows = len(token_ids)
+        self._decoder.begin(token_ids, positions, block_tables)
+
+    def attend(self, layer: int) -> None:
+        """h += Attn(norm1(h)) for all rows; writes their K and V."""
+        self._decoder.attend(layer)
+
+    def feed_forward(self, layer: int, rows: list[int] | None) -> None:
+        """h += FFN(norm2(h)) for `rows`, ascending; None: all."""
+        self._decoder.feed_forward(layer, rows)
+
+    def feed_forward_watched(self, layer: int, rows: list[int] | None) -> list[float]:
+        """`feed_forward`, and for every row of the step the cosine of h before and after: 1 where
+        it did not run."""
+        return self._decoder.feed_forward_watched(layer, rows)
+
+    def logits(self) -> Tensor:
+        """head(h): [num_rows, vocab] float32."""
+        logits = torch.empty(self._num_rows, self._vocab_size)
+        self._decoder.head(logits.data_ptr())
+        return logits
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    assert tensor.dtype == torch.float32
+    return tensor.data_ptr()
+
+
+def _linear(linear: Linear) -> tuple[int, int, int, int, int]:
+    weight, scale, bias = linear.weight, linear.scale, linear.bias
+    assert weight.is_contiguous()
+    assert weight.dtype == (torch.float32 if scale is None else torch.int8)
+    num_outputs, num_inputs = weight.shape
+    return (
+        weight.data_ptr(),
+        0 if scale is None else _address(scale),
+        0 if bias is None else _address(bias),
+        num_outputs,
+        num_inputs,
+    )
