@@ -39,6 +39,7 @@ class Choice:
     def __init__(self, index: int, stream: RequestStream, detokenizer: Detokenizer) -> None:
         self.stream = stream
         self.num_tokens = 0
+        self.num_cached_tokens = 0  # of its prompt
         self.skip_usage = SkipUsage()
         self.finish_reason: FinishReason | None = None
         self._index = index
@@ -54,6 +55,8 @@ class Choice:
         elif output.finish_reason is not None:
             text += self._detokenizer.flush()
         self.num_tokens += len(output.token_ids)
+        if output.num_cached_tokens is not None:
+            self.num_cached_tokens = output.num_cached_tokens
         self.skip_usage = output.skip_usage or self.skip_usage
         self.finish_reason = output.finish_reason
         self._held.append(output)
@@ -81,7 +84,7 @@ class Choice:
 
 
 class Generation:
-    """All choices of one request, as one stream of deltas.
+    """All choices of one request, as one stream of deltas: `n` of every prompt, in their order.
 
     Whoever starts to iterate has to `close` it in the end: that aborts what is unfinished, and
     settles the request's metrics.
@@ -91,16 +94,24 @@ class Generation:
         self,
         choices: Sequence[Choice],
         *,
+        n: int,
         num_prompt_tokens: int,
         recorder: RequestMetrics,
         lifecycle: Lifecycle,
     ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.choices = choices
+        self._n = n
         self._recorder = recorder
         self._lifecycle = lifecycle
         self._was_interrupted = False
         lifecycle.begin(self)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were cached. A prompt counts once, as in `num_prompt_tokens`: with
+        what its first choice found, as the others may find what that one has just computed."""
+        return sum(choice.num_cached_tokens for choice in self.choices[:: self._n])
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """One delta for each output of the engine, empty ones included."""
@@ -119,12 +130,12 @@ class Generation:
     def succeed(self) -> None:
         """The answer is complete."""
         reasons = {choice.finish_reason for choice in self.choices}
-        self._recorder.finished(200, "length" if "length" in reasons else "stop")
+        self._finished(200, "length" if "length" in reasons else "stop")
         self.close()
 
     def fail(self, status: int, error: str) -> None:
         """The answer ended with an error, in a response of `status`."""
-        self._recorder.finished(status, "error", error)
+        self._finished(status, "error", error)
         self.close()
 
     def interrupt(self) -> None:
@@ -134,9 +145,12 @@ class Generation:
     def close(self) -> None:
         """Ends it: without `succeed` or `fail` before, the client has left. Never waits; may be
         called more than once."""
-        self._recorder.finished(CLIENT_LEFT, "abort")
+        self._finished(CLIENT_LEFT, "abort")
         self._close_streams()
         self._lifecycle.end(self)
+
+    def _finished(self, status: int, reason: FinishReason, error: str | None = None) -> None:
+        self._recorder.finished(status, reason, error, num_cached_tokens=self.num_cached_tokens)
 
     def _close_streams(self) -> None:
         for choice in self.choices:

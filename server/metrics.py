@@ -143,6 +143,16 @@ class Metrics:
             "Sequences whose blocks were taken back, to be recomputed.",
             registry=registry,
         )
+        self._prefix_cache_queries = Counter(
+            "skipllm_prefix_cache_queries_total",
+            "Prompt tokens that were looked up in the prefix cache.",
+            registry=registry,
+        )
+        self._prefix_cache_hits = Counter(
+            "skipllm_prefix_cache_hits_total",
+            "Prompt tokens that were found in the prefix cache, and not computed.",
+            registry=registry,
+        )
         step_seconds = Histogram(
             "skipllm_engine_step_seconds",
             "Duration of an engine step.",
@@ -189,6 +199,8 @@ class Metrics:
     def observe_step(self, stats: StepStats) -> None:
         self._step_seconds[stats.kind].observe(stats.duration_s)
         self._preemptions.inc(stats.num_preemptions)
+        self._prefix_cache_queries.inc(stats.num_prefix_cache_queries)
+        self._prefix_cache_hits.inc(stats.num_prefix_cache_hits)
         self._weight_reads.inc(stats.ffn_weight_reads)
         self._weight_reads_avoided.inc(stats.ffn_weight_reads_avoided)
         self.set_num_layers(len(stats.ffn_computed))
@@ -255,7 +267,12 @@ class RequestMetrics:
         times.num_tokens += num_tokens
 
     def finished(
-        self, status: int, finish_reason: FinishLabel = "none", error: str | None = None
+        self,
+        status: int,
+        finish_reason: FinishLabel = "none",
+        error: str | None = None,
+        *,
+        num_cached_tokens: int = 0,
     ) -> None:
         """The request's end, whatever it was; `error` is what the client was told, for the log.
         Only the first call counts."""
@@ -280,6 +297,7 @@ class RequestMetrics:
             "status": status,
             "finish_reason": finish_reason,
             "prompt_tokens": self._num_prompt_tokens,
+            "cached_tokens": num_cached_tokens,
             "generated_tokens": sum(times.num_tokens for times in self._sequences.values()),
             "ttft_s": None if self._ttft_s is None else round(self._ttft_s, 4),
             "latency_s": round(latency_s, 4),

@@ -22,7 +22,8 @@ class Sequence:
 
     After a finished prefill `num_computed_tokens == num_tokens - 1`: the newest token's K/V are
     written by the decode step that consumes it. After a preemption it is 0 again, and prompt and
-    output are prefilled together (recompute).
+    output are prefilled together (recompute). A prefill starts behind what the prefix cache has of
+    the prompt.
     """
 
     def __init__(
@@ -40,6 +41,9 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_ids)
         self.num_computed_tokens = 0
         self.block_table: list[int] = []
+        self.num_published_blocks = 0  # first ones of block_table that the prefix cache knows,
+        self.content_id = 0  # and what it calls the content up to the last of them
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when first scheduled
         self.status = SeqStatus.WAITING
         self.num_preemptions = 0
         self.arrival_s = time.monotonic() if arrival_s is None else arrival_s
@@ -62,7 +66,8 @@ class Sequence:
     @property
     def is_prefilled(self) -> bool:
         """Whether the next step of this sequence is a decode step."""
-        return self.num_output_tokens > 0 and self.num_computed_tokens == self.num_tokens - 1
+        num_tokens = len(self.token_ids)
+        return num_tokens > self.num_prompt_tokens and self.num_computed_tokens == num_tokens - 1
 
     @property
     def is_warming_up(self) -> bool:

@@ -85,6 +85,7 @@ class SeqOutput:
     stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
     error: str | None = None  # with finish_reason "error"
     queue_s: float | None = None  # with the first output: arrival to first scheduling
+    num_cached_tokens: int | None = None  # with the first output: prompt tokens not computed
     skip_usage: SkipUsage | None = None  # so far: a reader may end the sequence at a stop string
     num_preemptions: int = 0  # with the last output
 
@@ -102,6 +103,8 @@ class StepStats:
     num_prompt_tokens: int = 0  # computed by this step (recomputed ones included)
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_prefix_cache_queries: int = 0  # prompt tokens of the sequences that this step admitted,
+    num_prefix_cache_hits: int = 0  # and how many of them were in the prefix cache
     ffn_computed: tuple[int, ...] = ()  # per layer: rows of this decode step that ran the FFN
     ffn_skipped: tuple[int, ...] = ()  # per layer: rows that skipped it
     ffn_weight_reads: int = 0  # layers whose FFN weights were read by this decode step

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
@@ -24,8 +25,9 @@ def count_up(seq: Sequence) -> int:
 class FakeRunner:
     """A model of no weights: the next token is a function of the sequence.
 
-    Its KV cache holds the token ids themselves, and every token sampled checks that the sequence
-    reads back its own: a block that is missing, shared or stale fails the step.
+    Its KV cache holds, for every token, a hash of what real K/V depend on: the tokens up to it, and
+    which of them were decoded with skipping. Every row checks that it reads back its own: a block
+    that is missing, stale, or another prompt's fails the step.
 
     Skips as told: after the warm-up, every decode step of a sequence whose policy is not `never`
     skips the last `num_skipped` layers of its skippable region. `fail` may raise, sleep or look.
@@ -51,7 +53,8 @@ class FakeRunner:
         self.dtype = "float32"
         self.num_parameters = 0
         self.batches: list[Batch] = []
-        self._cache = [-1] * (num_kv_blocks * block_size)
+        self._cache = [[0] * block_size for _ in range(num_kv_blocks)]
+        self._contents: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()
         self._next_token = next_token
         self._num_skipped = num_skipped
         self._step_s = step_s
@@ -70,20 +73,27 @@ class FakeRunner:
 
     def _row(self, batch: Batch, row: ScheduledSeq) -> RowResult:
         seq = row.seq
-        end = seq.num_computed_tokens + row.num_tokens
-        slots = [
-            seq.block_table[i // self.block_size] * self.block_size + i % self.block_size
-            for i in range(end)
-        ]
-        for i in range(seq.num_computed_tokens, end):
-            self._cache[slots[i]] = seq.token_ids[i]
-        assert [self._cache[slot] for slot in slots] == seq.token_ids[:end], "a corrupt KV cache"
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + row.num_tokens
+        content = self._content(seq)
+        for i in range(start, end):
+            self._cache[seq.block_table[i // self.block_size]][i % self.block_size] = content[i]
+        found = [cell for block in seq.block_table for cell in self._cache[block]]
+        assert found[:end] == content[:end], "a corrupt KV cache"
         if not row.samples:
             return RowResult(None)
         skipped: tuple[int, ...] = ()
         if batch.kind == "decode" and seq.skip.policy != "never" and not seq.is_warming_up:
             skipped = tuple(range(seq.skip.cold_start, seq.skip.cold_end))[-self._num_skipped :]
         return RowResult(self._next_token(seq), skipped_layers=skipped)
+
+    def _content(self, seq: Sequence) -> list[int]:
+        """What the cache has to hold of the sequence's tokens."""
+        content = self._contents.setdefault(seq, [])
+        warmup_tokens = max(1, seq.skip.warmup_tokens)
+        for i in range(len(content), seq.num_tokens):
+            can_skip = seq.skip.policy != "never" and i - seq.num_prompt_tokens + 1 >= warmup_tokens
+            content.append(hash((content[i - 1] if i else 0, seq.token_ids[i], can_skip)))
+        return content
 
 
 def fake_engine(
@@ -92,14 +102,17 @@ def fake_engine(
     max_model_len: int = 512,
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 2048,
+    enable_prefix_caching: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """An engine around a fake runner."""
     config = EngineConfig(
         model_dir=Path(),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
     )
-    return Engine(runner or FakeRunner(), config, max_model_len)
+    return Engine(runner or FakeRunner(), config, max_model_len, clock=clock)
 
 
 def build_worker_engine(config: EngineConfig) -> Engine:

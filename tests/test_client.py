@@ -107,6 +107,14 @@ async def test_a_reader_that_lags_finds_what_it_missed_in_one_output() -> None:
             await anext(stream)
 
 
+async def test_what_the_first_output_tells_is_not_lost_on_a_reader_that_lags() -> None:
+    stream = RequestStream(0, 20, lambda stream: None)
+    stream.push(SeqOutput(seq_id=0, token_ids=(1,), queue_s=0.5, num_cached_tokens=16))
+    stream.push(SeqOutput(seq_id=0, token_ids=(2,)))
+    output = await anext(stream)
+    assert (output.token_ids, output.queue_s, output.num_cached_tokens) == ((1, 2), 0.5, 16)
+
+
 async def test_streams_do_not_mix() -> None:
     async with started() as client:
         streams = client.submit_all([([40 + i], params(20)) for i in range(10)])

@@ -22,6 +22,8 @@ DESIGN = [
     "requests_running",
     "requests_waiting",
     "kv_cache_usage_ratio",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
     "preemptions_total",
     "engine_up",
     "engine_step_seconds",
@@ -177,6 +179,24 @@ def test_a_step_counts_its_rows_per_layer_and_its_weight_reads(metrics: Metrics)
     assert value(metrics, "ffn_weight_reads_total", outcome="avoided") == 1
     assert value(metrics, "engine_step_seconds_count", kind="decode") == 2
     assert value(metrics, "preemptions_total") == 1
+
+
+def test_prefix_cache_counts_are_tokens(metrics: Metrics) -> None:
+    for num_queries, num_hits in ((40, 0), (40, 32), (0, 0)):
+        metrics.observe_step(
+            StepStats(
+                kind="prefill",
+                duration_s=0.01,
+                num_running=1,
+                num_waiting=0,
+                num_kv_blocks_used=3,
+                num_kv_blocks=12,
+                num_prefix_cache_queries=num_queries,
+                num_prefix_cache_hits=num_hits,
+            )
+        )
+    assert value(metrics, "prefix_cache_queries_total") == 80
+    assert value(metrics, "prefix_cache_hits_total") == 32
 
 
 def test_gauges_follow_the_engine_and_fall_to_zero_after_aborts(metrics: Metrics) -> None:

@@ -184,6 +184,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         max_model_len=64,
         max_num_seqs=3,
         max_num_batched_tokens=128,
+        enable_prefix_caching=False,
         gpu_memory_utilization=0.5,
         num_threads=2,
         seed=7,

@@ -12,9 +12,14 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
 
 def usage(
-    num_prompt_tokens: int, num_generated_tokens: int, skips: Iterable[SkipUsage] = ()
+    num_prompt_tokens: int,
+    num_generated_tokens: int,
+    skips: Iterable[SkipUsage] = (),
+    *,
+    num_cached_tokens: int = 0,
 ) -> dict[str, Any]:
-    """The `usage` block; `skips` of all the request's sequences are added up."""
+    """The `usage` block; `skips` of all the request's sequences are added up. Cached tokens are
+    those prompt tokens whose K/V an earlier request had computed."""
     skips = list(skips)
     skip = SkipUsage(
         skipped_ffn_blocks=sum(skip.skipped_ffn_blocks for skip in skips),
@@ -25,7 +30,7 @@ def usage(
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }
     if skips:
         block["skip"] = {

@@ -89,6 +89,7 @@ def submit(
             Choice(index, stream, _detokenizer(service, request))
             for index, stream in enumerate(streams)
         ],
+        n=request.n or 1,
         num_prompt_tokens=num_prompt_tokens,
         recorder=recorder,
         lifecycle=service.lifecycle,
@@ -188,6 +189,7 @@ def _usage(generation: Generation) -> dict[str, Any]:
         generation.num_prompt_tokens,
         sum(choice.num_tokens for choice in choices),
         [choice.skip_usage for choice in choices],
+        num_cached_tokens=generation.num_cached_tokens,
     )
 
 

@@ -73,4 +73,5 @@ def _merged(earlier: SeqOutput, later: SeqOutput) -> SeqOutput:
         logprobs=earlier.logprobs + later.logprobs,
         skipped_layers=earlier.skipped_layers + later.skipped_layers,
         queue_s=earlier.queue_s,
+        num_cached_tokens=earlier.num_cached_tokens,
     )

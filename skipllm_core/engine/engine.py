@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from skipllm_core.config import EngineConfig
@@ -33,10 +34,18 @@ MAX_CONSECUTIVE_FAILURES = 3
 class Engine:
     """Sequences in, one `StepOutput` per step out. Not thread-safe.
 
-    Raises ConfigError if the settings contradict each other.
+    `clock` gives seconds, on the clock of the arrival times. Raises ConfigError if the settings
+    contradict each other.
     """
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        max_model_len: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if not 0 < config.max_num_seqs <= config.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least "
@@ -55,11 +64,17 @@ class Engine:
             num_parameters=runner.num_parameters,
         )
         self._runner = runner
-        self._blocks = BlockManager(runner.num_kv_blocks, runner.block_size)
+        self._clock = clock
+        self._blocks = BlockManager(
+            runner.num_kv_blocks,
+            runner.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            clock=clock,
         )
         self._seqs: dict[int, Sequence] = {}  # the unfinished ones
         self._num_failures: Counter[StepKind] = Counter()  # in a row; prefill may work, decode not
@@ -76,12 +91,14 @@ class Engine:
         arrival_s: float | None = None,
     ) -> None:
         """Queues a sequence that `EngineClient.submit` found to fit. `arrival_s` is when it came,
-        by time.monotonic; None: now."""
+        by the clock; None: now."""
         most = max_cached_tokens(len(prompt_ids), params.max_tokens, self.info.max_model_len)
         assert seq_id not in self._seqs, "sequence ids are not reused"
         assert params.max_tokens > 0
         assert len(prompt_ids) < self.info.max_model_len
         assert self._blocks.num_blocks_for(most) <= self._blocks.num_blocks
+        if arrival_s is None:
+            arrival_s = self._clock()
         seq = self._seqs[seq_id] = Sequence(seq_id, prompt_ids, params, arrival_s)
         self._scheduler.add(seq)
 
@@ -96,7 +113,7 @@ class Engine:
         If the forward raises, the sequences of its batch end with "error" and the rest go on; the
         exception passes when MAX_CONSECUTIVE_FAILURES steps of one kind fail in a row.
         """
-        start_s = time.monotonic()
+        start_s = self._clock()
         batch = self._scheduler.schedule()
         if batch is None:
             return None
@@ -104,7 +121,7 @@ class Engine:
         outputs = self._update(batch, result)
         return StepOutput(
             outputs=outputs,
-            stats=self._stats(batch, result, outputs, time.monotonic() - start_s),
+            stats=self._stats(batch, result, outputs, self._clock() - start_s),
         )
 
     def _run(self, batch: Batch) -> StepResult:
@@ -124,39 +141,39 @@ class Engine:
         for row, row_result in zip(batch.rows, result.rows, strict=True):
             seq = row.seq
             if row_result.error is not None:
+                self._blocks.withdraw(seq)
                 outputs.append(self._end(seq, "error", error=row_result.error))
                 continue
             seq.num_computed_tokens += row.num_tokens
             if batch.kind == "decode":
                 seq.num_decode_steps += 1
                 seq.num_skipped_ffn_blocks += len(row_result.skipped_layers)
+            else:
+                self._blocks.publish(seq)
             if row_result.token_id is not None:
                 outputs.append(self._extend(seq, row_result))
         return tuple(outputs)
 
     def _extend(self, seq: Sequence, row: RowResult) -> SeqOutput:
         """Appends the row's token, and ends the sequence if that was its last."""
-        assert row.token_id is not None
-        seq.token_ids.append(row.token_id)
+        token_id, params = row.token_id, seq.params
+        assert token_id is not None
+        seq.token_ids.append(token_id)
+        num_output_tokens = seq.num_output_tokens
+        is_first = num_output_tokens == 1
         output = SeqOutput(
             seq_id=seq.seq_id,
-            token_ids=(row.token_id,),
+            token_ids=(token_id,),
             logprobs=() if row.logprobs is None else (row.logprobs,),
             skipped_layers=(row.skipped_layers,) if seq.skip.trace else (),
-            queue_s=seq.queue_s if seq.num_output_tokens == 1 else None,
+            queue_s=seq.queue_s if is_first else None,
+            num_cached_tokens=seq.num_cached_tokens if is_first else None,
             skip_usage=seq.skip_usage(self.info.num_layers),
         )
         # The sampler does not let a stop token come before `min_tokens` others.
-        is_stop = (
-            row.token_id in seq.params.stop_token_ids
-            and seq.num_output_tokens > seq.params.min_tokens
-        )
-        if is_stop:
-            return self._end(seq, "stop", output, stop_token_id=row.token_id)
-        if (
-            seq.num_output_tokens == seq.params.max_tokens
-            or seq.num_tokens == self.info.max_model_len
-        ):
+        if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
+            return self._end(seq, "stop", output, stop_token_id=token_id)
+        if num_output_tokens == params.max_tokens or seq.num_tokens == self.info.max_model_len:
             return self._end(seq, "length", output)
         return output
 
@@ -184,14 +201,15 @@ class Engine:
     def _stats(
         self, batch: Batch, result: StepResult, outputs: tuple[SeqOutput, ...], duration_s: float
     ) -> StepStats:
+        num_done = num_prompt_tokens = 0
+        num_skipped = [0] * self.info.num_layers  # rows, per layer
+        for row, row_result in zip(batch.rows, result.rows, strict=True):
+            if row_result.error is None:
+                num_done += 1
+                num_prompt_tokens += row.num_tokens
+                for layer in row_result.skipped_layers:
+                    num_skipped[layer] += 1
         is_decode = batch.kind == "decode"
-        done = [
-            (row, row_result)
-            for row, row_result in zip(batch.rows, result.rows, strict=True)
-            if row_result.error is None
-        ]
-        skipped = Counter(layer for _, row_result in done for layer in row_result.skipped_layers)
-        layers = range(self.info.num_layers) if is_decode else ()
         return StepStats(
             kind=batch.kind,
             duration_s=duration_s,
@@ -199,11 +217,13 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             num_kv_blocks_used=self._blocks.num_used,
             num_kv_blocks=self._blocks.num_blocks,
-            num_prompt_tokens=0 if is_decode else sum(row.num_tokens for row, _ in done),
+            num_prompt_tokens=0 if is_decode else num_prompt_tokens,
             num_generated_tokens=sum(len(output.token_ids) for output in outputs),
             num_preemptions=self._scheduler.num_preemptions,
-            ffn_computed=tuple(len(done) - skipped[layer] for layer in layers),
-            ffn_skipped=tuple(skipped[layer] for layer in layers),
+            num_prefix_cache_queries=self._scheduler.num_prefix_cache_queries,
+            num_prefix_cache_hits=self._scheduler.num_prefix_cache_hits,
+            ffn_computed=tuple([num_done - rows for rows in num_skipped]) if is_decode else (),
+            ffn_skipped=tuple(num_skipped) if is_decode else (),
             ffn_weight_reads=result.ffn_weight_reads,
             ffn_weight_reads_avoided=result.ffn_weight_reads_avoided,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from skipllm_core.engine.block_manager import BlockManager
 from skipllm_core.engine.runner import Batch, ScheduledSeq
@@ -23,19 +24,29 @@ class Scheduler:
 
     A step is either a prefill (chunks of several prompts, up to the token budget) or a decode (one
     token for every prefilled row), never both: a mixed step would read every FFN anyway. They take
-    turns while there is work for both, so a running stream waits for one prefill step at most.
+    turns while there is work for both, so a running stream waits for one prefill step at most, and
+    no stream of newcomers stops it; nor does any number of streams stop a prompt. Prompts are
+    computed in their order too, so that only the latest running one can be computed in part.
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert 0 < max_num_seqs <= max_num_batched_tokens, "a decode step has to fit the budget"
         self.blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.num_preemptions = 0  # of the last schedule()
+        self.num_preemptions = 0  # of the last schedule(), as the next two:
+        self.num_prefix_cache_queries = 0  # prompt tokens of the sequences it admitted first
+        self.num_prefix_cache_hits = 0  # those that need not be computed
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._clock = clock
         self._last_kind: StepKind = "decode"
 
     def add(self, seq: Sequence) -> None:
@@ -52,7 +63,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step, with room in the block tables for it; None when there is no work."""
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_prefix_cache_queries = self.num_prefix_cache_hits = 0
         if not self.running and not self.waiting:
             return None
         batch = (
@@ -67,45 +78,59 @@ class Scheduler:
     def _prefill(self) -> Batch | None:
         budget = self._max_num_batched_tokens
         rows: list[ScheduledSeq] = []
-        for seq in self.running:
-            if budget and not seq.is_prefilled:
-                rows.append(ScheduledSeq(seq, min(budget, _num_left_to_prefill(seq))))
-                budget -= rows[-1].num_tokens
-        while budget and self.waiting and self._can_admit(self.waiting[0]):
-            seq = self._admit()
+        seq = self.running[-1] if self.running else None
+        if seq is None or seq.is_prefilled:
+            seq = self._admit_next()
+        while seq is not None:
             rows.append(ScheduledSeq(seq, min(budget, _num_left_to_prefill(seq))))
             budget -= rows[-1].num_tokens
+            seq = self._admit_next() if budget else None
         return Batch("prefill", tuple(rows)) if rows else None
 
-    def _can_admit(self, seq: Sequence) -> bool:
+    def _admit_next(self) -> Sequence | None:
+        """Lends the next waiting sequence blocks for all it has to prefill, if there is room."""
+        if not self.waiting or len(self.running) >= self._max_num_seqs:
+            return None
+        seq = self.waiting[0]
+        num_tokens = _num_left_to_prefill(seq)
+        prefix = self.blocks.find_prefix(seq)
         # One block to spare for every running sequence: a newcomer that takes the last one would
         # be preempted, and its prefill wasted, as soon as an older sequence fills a block.
-        needed = self.blocks.num_blocks_for(_num_left_to_prefill(seq)) + len(self.running)
-        return len(self.running) < self._max_num_seqs and needed <= self.blocks.num_free
-
-    def _admit(self) -> Sequence:
-        seq = self.waiting.popleft()
-        self.blocks.grow(seq, _num_left_to_prefill(seq))
-        seq.status = SeqStatus.RUNNING
+        needed = self.blocks.num_taken(prefix, num_tokens) + len(self.running)
+        if needed > self.blocks.num_free:
+            return None
+        self.blocks.share(seq, prefix)
+        self.blocks.grow(seq, num_tokens)
+        seq.num_computed_tokens = len(prefix) * self.blocks.block_size
         if seq.queue_s is None:
-            seq.queue_s = time.monotonic() - seq.arrival_s
-        self.running.append(seq)
+            seq.queue_s = self._clock() - seq.arrival_s
+            self._count_cached(seq)
+        seq.status = SeqStatus.RUNNING
+        self.running.append(self.waiting.popleft())
         return seq
+
+    def _count_cached(self, seq: Sequence) -> None:
+        # Once per sequence: what a preempted one finds again is its own work, and no saving.
+        seq.num_cached_tokens = seq.num_computed_tokens
+        if self.blocks.enable_prefix_caching:
+            self.num_prefix_cache_queries += seq.num_prompt_tokens
+            self.num_prefix_cache_hits += seq.num_cached_tokens
 
     def _decode(self) -> Batch | None:
         rows = [
             ScheduledSeq(seq, 1)
-            for seq in tuple(self.running)  # oldest first; making room may preempt the later ones
-            if seq.status is SeqStatus.RUNNING and seq.is_prefilled and self._make_room(seq)
+            for seq in self.running  # oldest first; making room may take the latest off the list
+            if seq.is_prefilled and self._make_room(seq)
         ]
         return Batch("decode", tuple(rows)) if rows else None
 
     def _make_room(self, seq: Sequence) -> bool:
         """Lends the block for the newest token; False if the sequence itself had to give way."""
-        while self.blocks.num_missing(seq, seq.num_tokens) > self.blocks.num_free:
-            if self._preempt_latest() is seq:
+        while num_missing := self.blocks.num_missing(seq, seq.num_tokens):
+            if num_missing <= self.blocks.num_free:
+                self.blocks.grow(seq, seq.num_tokens)
+            elif self._preempt_latest() is seq:
                 return False
-        self.blocks.grow(seq, seq.num_tokens)
         return True
 
     def _preempt_latest(self) -> Sequence:

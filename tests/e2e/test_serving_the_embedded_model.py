@@ -61,6 +61,27 @@ def test_a_follow_up_question_is_understood(demo: Served) -> None:
     assert "Madrid" in answer["choices"][0]["message"]["content"]
 
 
+def test_a_second_turn_reuses_the_first_turns_prompt(demo: Served) -> None:
+    def cached(answer: dict[str, Any]) -> int:
+        num_tokens: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return num_tokens
+
+    hits = demo.metric("skipllm_prefix_cache_hits_total")
+    content = "Hello! I have a question for you about Europe: what is the capital of France?"
+    question = {"role": "user", "content": content}
+    first = chat(demo, messages=[question])
+    num_prompt_tokens = first["usage"]["prompt_tokens"]
+    assert num_prompt_tokens > 16, "less than a block"
+    turns = [question, first["choices"][0]["message"], {"role": "user", "content": "And of Spain?"}]
+    second, again = (chat(demo, messages=turns) for _ in range(2))
+    assert cached(first) == 0
+    assert cached(second) == (num_prompt_tokens - 1) // 16 * 16
+    assert cached(again) >= cached(second)
+    assert again["choices"][0]["message"] == second["choices"][0]["message"]
+    assert again["usage"]["skip"] == second["usage"]["skip"]
+    assert demo.metric("skipllm_prefix_cache_hits_total") == hits + cached(second) + cached(again)
+
+
 def test_what_it_cannot_know_it_says_politely(demo: Served) -> None:
     question = {"role": "user", "content": "Who won the tennis match yesterday?"}
     answer = chat(demo, messages=[question])

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 
 from skipllm_core.engine.engine import Engine
 from skipllm_core.engine.runner import Batch
-from skipllm_core.types import SamplingParams, SeqOutput, StepStats
+from skipllm_core.types import SamplingParams, SeqOutput, SkipParams, StepStats
 from tests.fakes import FakeRunner, fake_engine
+
+SKIPPING = SkipParams(policy="ffn_skip", warmup_tokens=2, cold_start=1, cold_end=3)
 
 
 def run(engine: Engine) -> tuple[dict[int, list[SeqOutput]], list[StepStats]]:
@@ -52,10 +54,14 @@ class Request:
     max_tokens: int
     arrives_at: int  # step
     aborted_at: int | None
+    first: int  # requests with these two alike have the same prompt, as far as the shorter goes;
+    period: int  # with 4, all of its blocks are alike
+    skip: SkipParams
 
     @property
     def prompt_ids(self) -> list[int]:
-        return counted_up(31, self.num_prompt_tokens)
+        num_repeats = -(-self.num_prompt_tokens // self.period)
+        return (counted_up(self.first, self.period) * num_repeats)[: self.num_prompt_tokens]
 
     @property
     def text(self) -> list[int]:
@@ -80,7 +86,15 @@ def workloads(draw: st.DrawFn) -> Workload:
         num_prompt_tokens = draw(st.integers(1, 4 * num_kv_blocks))
         max_tokens = draw(st.integers(1, 4 * num_kv_blocks + 1 - num_prompt_tokens))
         aborted_at = draw(st.none() | st.integers(0, 60))
-        return Request(num_prompt_tokens, max_tokens, draw(st.integers(0, 30)), aborted_at)
+        return Request(
+            num_prompt_tokens,
+            max_tokens,
+            draw(st.integers(0, 30)),
+            aborted_at,
+            first=draw(st.integers(31, 33)),
+            period=draw(st.sampled_from([4, 95])),
+            skip=draw(st.sampled_from([SkipParams(), SKIPPING])),
+        )
 
     return Workload(
         num_kv_blocks,
@@ -96,7 +110,7 @@ def play(engine: Engine, requests: list[Request]) -> dict[int, list[SeqOutput]]:
     for now in itertools.count():
         for seq_id, request in enumerate(requests):
             if request.arrives_at == now:
-                params = SamplingParams(max_tokens=request.max_tokens)
+                params = SamplingParams(max_tokens=request.max_tokens, skip=request.skip)
                 engine.add(seq_id, request.prompt_ids, params)
             if request.aborted_at == now:
                 engine.abort(seq_id)
@@ -182,12 +196,39 @@ def test_several_prompts_share_a_prefill_step_and_a_long_one_is_cut() -> None:
 
 def test_running_streams_wait_for_one_chunk_at_most() -> None:
     runner = FakeRunner()
-    engine = fake_engine(runner, max_num_batched_tokens=32)
-    engine.add(0, [40], SamplingParams(max_tokens=20))
+    engine = fake_engine(runner, max_num_batched_tokens=512, max_model_len=4096)
+    for seq_id in range(8):
+        engine.add(seq_id, [40 + seq_id], SamplingParams(max_tokens=20))
     engine.step()
-    engine.add(1, [40] * 320, SamplingParams(max_tokens=2))
+    engine.add(8, [40] * 2000, SamplingParams(max_tokens=2))
     run(engine)
-    assert [batch.kind for batch in runner.batches][:20] == ["prefill", "decode"] * 10
+    first, *steps = runner.batches[:10]
+    assert first.kind == "prefill"
+    assert [batch.kind for batch in steps] == [*["decode", "prefill"] * 4, "decode"]
+    assert [len(batch.rows) for batch in steps[::2]] == [8, 8, 8, 8, 9]
+    assert [batch.rows[0].num_tokens for batch in steps[1::2]] == [512, 512, 512, 464]
+
+
+def test_a_steady_stream_of_newcomers_stops_no_stream() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner, max_num_batched_tokens=32)
+    engine.add(0, [40], SamplingParams(max_tokens=50))
+    for seq_id in range(1, 100):  # there is always another prompt to begin with
+        engine.add(seq_id, [40] * 32, SamplingParams(max_tokens=1))
+        engine.step()
+    decodes = [batch for batch in runner.batches if batch.kind == "decode"]
+    assert len(decodes) == 49, "all of its tokens but the first, in every other step"
+
+
+def test_a_short_prompt_waits_for_the_long_one_before_it_and_no_longer() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner, max_num_batched_tokens=32)
+    engine.add(0, [40] * 80, SamplingParams(max_tokens=5))
+    engine.add(1, [41] * 10, SamplingParams(max_tokens=5))
+    engine.add(2, [42] * 10, SamplingParams(max_tokens=5))
+    run(engine)
+    rows = [[(row.seq.seq_id, row.num_tokens) for row in batch.rows] for batch in runner.batches]
+    assert rows[:3] == [[(0, 32)], [(0, 32)], [(0, 16), (1, 10), (2, 6)]]
 
 
 def test_no_more_than_max_num_seqs_run_and_the_rest_wait_their_turn() -> None:

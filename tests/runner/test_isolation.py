@@ -23,7 +23,7 @@ from tests.runner.tiny import (
 
 NUM_BATCHES = 50
 VICTIM = (
-    [5, 9, 11, 40, 8, 8, 61],
+    [(7 * i * i + 3 * i + 5) % VOCAB for i in range(40)],
     SamplingParams(
         max_tokens=24,
         temperature=0,
@@ -41,6 +41,8 @@ VICTIM = (
 
 def hostile_neighbour(rng: random.Random) -> tuple[list[int], SamplingParams]:
     prompt_ids = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 16, 40]))]
+    if rng.random() < 0.5:  # the victim's prompt, or its beginning, and then its own
+        prompt_ids = (VICTIM[0][: rng.choice([16, 31, 32, 40])] + prompt_ids)[:48]
     skip = SkipParams(
         policy=rng.choice(["never", "ffn_skip"]),
         threshold=rng.choice([-1.0, 0.5, 0.86, 0.95, 1.0]),
@@ -100,13 +102,15 @@ def test_hostile_neighbours_leave_a_request_alone(model_dir: Path) -> None:
     )
     runner = TorchModelRunner(config)
     alone = generate(runner, config, [VICTIM])[0]
-    num_preemptions = 0
+    num_preemptions = num_cached = 0
     for seed in range(NUM_BATCHES):
         rng = random.Random(seed)
         outputs = serve_the_victim(Engine(runner, config, runner.max_model_len), rng)
         num_preemptions += outputs[-1].num_preemptions
+        num_cached += outputs[0].num_cached_tokens > 0
         assert text(outputs) == text(alone)
         assert skipped(outputs) == skipped(alone)
         assert outputs[-1].skip_usage == alone[-1].skip_usage
     assert num_preemptions > 0
+    assert 0 < num_cached < NUM_BATCHES
     assert len(set(skipped(alone))) > 2, "the victim hardly skips"
