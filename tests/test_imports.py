@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-HTTP = {"fastapi", "starlette", "uvicorn", "pydantic", "server"}
+HTTP = {"aiohttp", "fastapi", "starlette", "uvicorn", "pydantic", "server"}
 TORCH = {"torch", "triton", "transformers"}
 
 # What computes; everything else of skipllm_core must load without torch.
@@ -23,6 +23,10 @@ COMPUTES = (
     "skipllm_core/skip/",
 )
 COMPUTES_NOT = (
+    "skipllm_core/bench/__init__.py",
+    "skipllm_core/bench/latency.py",
+    "skipllm_core/bench/load.py",
+    "skipllm_core/bench/shapes.py",
     "skipllm_core/demo/__init__.py",
     "skipllm_core/model/__init__.py",
     "skipllm_core/model/checkpoint.py",
