@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), self._size, eps=self._eps)
-        return normed.to(x.dtype) * self.weight
+        return normed.to(x.dtype).mul_(self.weight)
 
 
 class FeedForward(nn.Module):
@@ -97,7 +97,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return cast(Tensor, self.down(F.silu(gate) * up))
+        return cast(Tensor, self.down(F.silu(gate).mul_(up)))
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,9 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[RowResult]:
     A row whose logits hold a NaN or an infinity gets an error; the others are unaffected.
     """
     params = [seq.params for seq in seqs]
-    is_finite = torch.stack(logits.aminmax(dim=-1)).isfinite().all(dim=0)  # a NaN shows in both
+    is_finite = _is_finite(logits)
     if all(map(_is_plain_greedy, params, seqs)):
-        tokens = logits.argmax(dim=-1)
+        tokens = _argmax(logits)
     else:
         tokens = _draw(adjust_logits(logits, seqs), seqs)
     # The one transfer of a step without logprobs.
@@ -52,6 +53,21 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[RowResult]:
         else RowResult(None, error=NOT_FINITE)
         for row in range(len(seqs))
     ]
+
+
+def _is_finite(logits: Tensor) -> Tensor:
+    """Whether a row has neither NaN nor infinity: [num_rows]."""
+    if logits.device.type != "cpu":
+        return torch.stack(logits.aminmax(dim=-1)).isfinite().all(dim=0)  # a NaN shows in both
+    array = logits.numpy()  # whose reductions are 10 to 20 times as fast as torch's on the CPU
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.isfinite(array.min(-1)) & np.isfinite(array.max(-1)))
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -149,7 +165,7 @@ def _counts(token_ids: list[int], logits: Tensor) -> Tensor:
 
 def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
     """Greedy rows: the argmax. The others: a draw from their filtered distribution. [num_rows]"""
-    tokens = logits.argmax(dim=-1)
+    tokens = _argmax(logits)
     rows = [row for row, seq in enumerate(seqs) if not _is_greedy(seq.params)]
     if not rows:
         return tokens

@@ -6,10 +6,11 @@
 
 #include "pool.h"
 
-/* Weights in an item: a thread reads long runs fastest, and should not wait long for the other's. */
-#define MIN_ITEM_BYTES 32768
-#define MAX_ITEM_BYTES 262144
-#define ITEMS_PER_THREAD 4
+/* Bytes of weights in an item: few, so that the last one is soon done. A thread's items are neighbours,
+ * so it reads long runs all the same. */
+#define MIN_ITEM_BYTES 16384
+#define MAX_ITEM_BYTES 32768
+#define ITEMS_PER_THREAD 16
 #define CHUNK MAX_POSITIONS /* of an item of attention; fixed, so that sums do not vary */
 
 struct Decoder {

@@ -1,12 +1,15 @@
 /* Between two loops the helpers spin for SPIN_NS and then sleep: a decode step keeps them awake, a
- * server without work does not. Items are claimed and not dealt out, so a helper that the operating
- * system has taken off its core delays the loop by one item at most, and not by its share of it:
- * that is what OpenMP's static schedule and barriers cannot give beside a busy HTTP process.
+ * server without work does not.
  *
- * The state of a loop is one word, so that claiming is one compare-and-swap which fails on whatever
+ * Every thread has a share of the items, neighbours, as memory is read fastest in long runs. Whoever
+ * is through with his own claims from the others': a helper that the operating system has taken off
+ * its core delays the loop by one item, and not by its share of it. That is what OpenMP's static
+ * schedule and barriers cannot give beside a busy HTTP process.
+ *
+ * The state of a share is one word, so that claiming is one compare-and-swap which fails on whatever
  * a late helper believes of a loop that is over:
  *
- *     ticket:  | generation (32) | num_items (16) | next item (16) |
+ *     ticket:  | generation (32) | end of the share (16) | next item (16) |
  */
 #include "pool.h"
 
@@ -19,8 +22,11 @@
 
 #define SPIN_NS 100000
 
-struct Pool {
+typedef struct {
     _Alignas(64) _Atomic uint64_t ticket;
+} Share;
+
+struct Pool {
     _Alignas(64) _Atomic int64_t num_done;
     _Alignas(64) _Atomic PoolTask task;
     void *_Atomic context;
@@ -28,8 +34,9 @@ struct Pool {
     _Atomic bool is_closing;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    int num_helpers;
-    pthread_t helpers[];
+    int num_threads, num_helpers; /* num_helpers: those that run */
+    pthread_t *helpers;
+    Share shares[]; /* [num_threads], of which the first is the caller's */
 };
 
 typedef struct {
@@ -54,38 +61,45 @@ static int64_t now_ns(void) {
 static uint32_t generation_of(uint64_t ticket) { return (uint32_t)(ticket >> 32); }
 static bool has_items(uint64_t ticket) { return (ticket & 0xffff) < ((ticket >> 16) & 0xffff); }
 
-/* Works on the loop until no item of it is left to claim. */
-static void work(Pool *pool, int thread) {
-    uint64_t ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
+static void work_on(Pool *pool, Share *share, int thread) {
+    uint64_t ticket = atomic_load_explicit(&share->ticket, memory_order_acquire);
     while (has_items(ticket)) {
         /* May be of the next loop already; then the swap fails, as the generation differs. */
         PoolTask task = atomic_load_explicit(&pool->task, memory_order_relaxed);
         void *context = atomic_load_explicit(&pool->context, memory_order_relaxed);
-        if (atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, ticket + 1,
+        if (atomic_compare_exchange_weak_explicit(&share->ticket, &ticket, ticket + 1,
                                                   memory_order_acq_rel, memory_order_acquire)) {
             task(context, (int64_t)(ticket & 0xffff), thread);
             atomic_fetch_add_explicit(&pool->num_done, 1, memory_order_release);
-            ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
+            ticket = atomic_load_explicit(&share->ticket, memory_order_acquire);
         }
     }
 }
 
-static bool is_over(Pool *pool, uint32_t generation) {
-    return generation_of(atomic_load(&pool->ticket)) == generation && !atomic_load(&pool->is_closing);
+/* Works on the loop until no item of it is left to claim; on the thread's own share first. */
+static void work(Pool *pool, int thread) {
+    for (int i = 0; i < pool->num_threads; i++) {
+        work_on(pool, &pool->shares[(thread + i) % pool->num_threads], thread);
+    }
 }
 
-static void await_next(Pool *pool, uint32_t generation) {
+static bool is_over(Pool *pool, Share *share, uint32_t generation) {
+    return generation_of(atomic_load(&share->ticket)) == generation &&
+           !atomic_load(&pool->is_closing);
+}
+
+static void await_next(Pool *pool, Share *share, uint32_t generation) {
     int64_t deadline = now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < 32; i++) {
-            if (!is_over(pool, generation)) return;
+            if (!is_over(pool, share, generation)) return;
             relax();
         }
     } while (now_ns() < deadline);
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->num_asleep, 1);
-    /* Looked at again after num_asleep is up: pool_run raises the ticket before it reads that. */
-    while (is_over(pool, generation)) pthread_cond_wait(&pool->wake, &pool->mutex);
+    /* Looked at again after num_asleep is up: pool_run raises the tickets before it reads that. */
+    while (is_over(pool, share, generation)) pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->num_asleep, 1);
     pthread_mutex_unlock(&pool->mutex);
 }
@@ -94,10 +108,11 @@ static void *help(void *argument) {
     Helper helper = *(Helper *)argument;
     free(argument);
     Pool *pool = helper.pool;
+    Share *share = &pool->shares[helper.thread];
     while (!atomic_load(&pool->is_closing)) {
-        uint32_t generation = generation_of(atomic_load(&pool->ticket));
+        uint32_t generation = generation_of(atomic_load(&share->ticket));
         work(pool, helper.thread);
-        await_next(pool, generation);
+        await_next(pool, share, generation);
     }
     return NULL;
 }
@@ -109,18 +124,20 @@ static void wake_all(Pool *pool) {
 }
 
 Pool *pool_new(int num_threads) {
-    size_t size = sizeof(Pool) + (size_t)num_threads * sizeof(pthread_t);
+    size_t size = sizeof(Pool) + (size_t)num_threads * sizeof(Share);
     Pool *pool = aligned_alloc(64, (size + 63) / 64 * 64);
     if (pool == NULL) return NULL;
-    atomic_init(&pool->ticket, 0);
+    for (int i = 0; i < num_threads; i++) atomic_init(&pool->shares[i].ticket, 0);
     atomic_init(&pool->num_done, 0);
     atomic_init(&pool->num_asleep, 0);
     atomic_init(&pool->is_closing, false);
+    pool->num_threads = num_threads;
     pool->num_helpers = 0;
+    pool->helpers = calloc((size_t)num_threads, sizeof(pthread_t));
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     while (pool->num_helpers < num_threads - 1) {
-        Helper *helper = malloc(sizeof(Helper));
+        Helper *helper = pool->helpers == NULL ? NULL : malloc(sizeof(Helper));
         if (helper != NULL) *helper = (Helper){pool, pool->num_helpers + 1};
         if (helper == NULL || pthread_create(&pool->helpers[pool->num_helpers], NULL, help, helper)) {
             free(helper);
@@ -138,10 +155,11 @@ void pool_free(Pool *pool) {
     for (int i = 0; i < pool->num_helpers; i++) pthread_join(pool->helpers[i], NULL);
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);
+    free(pool->helpers);
     free(pool);
 }
 
-int pool_num_threads(const Pool *pool) { return pool->num_helpers + 1; }
+int pool_num_threads(const Pool *pool) { return pool->num_threads; }
 
 void pool_run(Pool *pool, PoolTask task, void *context, int64_t num_items) {
     if (pool->num_helpers == 0 || num_items <= 1) {
@@ -151,8 +169,12 @@ void pool_run(Pool *pool, PoolTask task, void *context, int64_t num_items) {
     atomic_store_explicit(&pool->task, task, memory_order_relaxed);
     atomic_store_explicit(&pool->context, context, memory_order_relaxed);
     atomic_store_explicit(&pool->num_done, 0, memory_order_relaxed);
-    uint64_t generation = generation_of(atomic_load(&pool->ticket)) + UINT64_C(1);
-    atomic_store(&pool->ticket, generation << 32 | (uint64_t)num_items << 16);
+    uint64_t generation = generation_of(atomic_load(&pool->shares[0].ticket)) + UINT64_C(1);
+    int64_t n = pool->num_threads;
+    for (int64_t i = n - 1; i >= 0; i--) {
+        uint64_t first = (uint64_t)(num_items * i / n), end = (uint64_t)(num_items * (i + 1) / n);
+        atomic_store(&pool->shares[i].ticket, generation << 32 | end << 16 | first);
+    }
     if (atomic_load(&pool->num_asleep)) wake_all(pool);
     work(pool, 0);
     for (int spins = 0; atomic_load_explicit(&pool->num_done, memory_order_acquire) < num_items;
