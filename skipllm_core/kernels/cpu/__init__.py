@@ -70,6 +70,7 @@ class CpuDecoder:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
+            num_blocks=kv_cache.num_blocks,
             max_blocks=-(-max_model_len // kv_cache.block_size),
             max_rows=max_num_rows,
             num_layers=config.num_layers,

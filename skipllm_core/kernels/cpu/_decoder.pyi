@@ -13,6 +13,7 @@ class Decoder:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
+        num_blocks: int,
         max_blocks: int,
         max_rows: int,
         num_layers: int,

@@ -14,6 +14,7 @@ typedef struct {
     Linear head;
     Layer *layers;
     int num_layers, num_rows;
+    long long num_blocks;
     int64_t *token_ids, *positions;
     int *rows;
     float *similarities;
@@ -52,7 +53,7 @@ static void decoder_dealloc(DecoderObject *self) {
 
 static int decoder_init(DecoderObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"hidden", "inner", "num_heads", "num_kv_heads", "head_dim", "block_size",
-                            "max_blocks", "max_rows", "num_layers", "num_threads", "eps", "cos",
+                            "num_blocks", "max_blocks", "max_rows", "num_layers", "num_threads", "eps", "cos",
                             "sin", "embedding", "norm", "head", NULL};
     Shape *shape = &self->shape;
     const float *cos, *sin;
@@ -62,8 +63,8 @@ static int decoder_init(DecoderObject *self, PyObject *args, PyObject *kwargs) {
         PyErr_SetString(PyExc_RuntimeError, "a decoder is made once");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$LLLLLLLLiifO&O&O&O&O&", names, &hidden, &inner,
-                                     &num_heads, &num_kv_heads, &head_dim, &block_size, &max_blocks,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$LLLLLLLLLiifO&O&O&O&O&", names, &hidden, &inner,
+                                     &num_heads, &num_kv_heads, &head_dim, &block_size, &self->num_blocks, &max_blocks,
                                      &max_rows, &num_layers, &num_threads, &shape->eps, to_address,
                                      &cos, to_address, &sin, to_address, &self->embedding,
                                      to_address, &self->norm, to_linear, &self->head)) {
@@ -126,16 +127,24 @@ static PyObject *begin(DecoderObject *self, PyObject *const *args, Py_ssize_t nu
         self->positions[row] = PyLong_AsLongLong(PyList_GET_ITEM(args[1], row));
         PyObject *blocks = PyList_GET_ITEM(args[2], row);
         if (PyErr_Occurred()) return NULL;
-        if (!PyList_Check(blocks) || PyList_GET_SIZE(blocks) > self->shape.max_blocks ||
+        if (self->token_ids[row] < 0 || self->token_ids[row] >= self->head.num_outputs) {
+            PyErr_SetString(PyExc_ValueError, "a token that is not in the vocabulary");
+            return NULL;
+        }
+        if (!PyList_Check(blocks) || self->positions[row] < 0 || PyList_GET_SIZE(blocks) > self->shape.max_blocks ||
             self->positions[row] >= PyList_GET_SIZE(blocks) * self->shape.block_size) {
             PyErr_SetString(PyExc_ValueError, "a block table that does not fit its position");
             return NULL;
         }
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(blocks); i++) {
-            table[i] = (int32_t)PyLong_AsLong(PyList_GET_ITEM(blocks, i));
+            long block = PyLong_AsLong(PyList_GET_ITEM(blocks, i));
+            if (block < 0 || block >= self->num_blocks) {
+                if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "no such block");
+                return NULL;
+            }
+            table[i] = (int32_t)block;
         }
     }
-    if (PyErr_Occurred()) return NULL;
     self->num_rows = (int)num_rows;
     decoder_begin(self->decoder, self->embedding, self->num_rows, self->token_ids, self->positions);
     Py_RETURN_NONE;
