@@ -97,7 +97,11 @@ class Settings(BaseModel):
         "Engine", 32, "How many sequences are decoded together.", ge=1, le=4096
     )
     max_num_batched_tokens: int = _setting(
-        "Engine", 512, "How many tokens one step may compute.", ge=1, le=2**20
+        "Engine",
+        512,
+        "How many tokens one step may compute; of prompts beside running answers, a quarter.",
+        ge=1,
+        le=2**20,
     )
     max_num_queued_reqs: int = _setting(
         "Engine", 256, "How many sequences may wait; beyond it, requests get 503.", ge=1

@@ -198,15 +198,23 @@ def test_running_streams_wait_for_one_chunk_at_most() -> None:
     runner = FakeRunner()
     engine = fake_engine(runner, max_num_batched_tokens=512, max_model_len=4096)
     for seq_id in range(8):
-        engine.add(seq_id, [40 + seq_id], SamplingParams(max_tokens=20))
+        engine.add(seq_id, [40 + seq_id], SamplingParams(max_tokens=50))
     engine.step()
     engine.add(8, [40] * 2000, SamplingParams(max_tokens=2))
     run(engine)
-    first, *steps = runner.batches[:10]
+    first, *steps = runner.batches[:34]
     assert first.kind == "prefill"
-    assert [batch.kind for batch in steps] == [*["decode", "prefill"] * 4, "decode"]
-    assert [len(batch.rows) for batch in steps[::2]] == [8, 8, 8, 8, 9]
-    assert [batch.rows[0].num_tokens for batch in steps[1::2]] == [512, 512, 512, 464]
+    assert [batch.kind for batch in steps] == [*["decode", "prefill"] * 16, "decode"]
+    assert [len(batch.rows) for batch in steps[::2]] == [*[8] * 16, 9]
+    assert [batch.rows[0].num_tokens for batch in steps[1::2]] == [*[128] * 15, 80]
+
+
+def test_a_prompt_that_nobody_waits_for_takes_whole_steps() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner, max_num_batched_tokens=512, max_model_len=4096)
+    engine.add(0, [40] * 1100, SamplingParams(max_tokens=1))
+    run(engine)
+    assert [batch.rows[0].num_tokens for batch in runner.batches] == [512, 512, 76]
 
 
 def test_a_steady_stream_of_newcomers_stops_no_stream() -> None:
