@@ -1,6 +1,7 @@
 # The same pins for CPU and GPU: PyPI's torch brings CUDA. A smaller image for CPU only:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu -t skipllm .
-FROM python:3.11-slim AS build
+# Not slim: it has the C compiler that the CPU kernels need.
+FROM python:3.11 AS build
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
 RUN python -m venv /opt/skipllm

@@ -11,9 +11,8 @@ from skipllm_core.engine.runner import Batch, ScheduledSeq
 from skipllm_core.sequence import SeqStatus, Sequence
 from skipllm_core.types import StepKind
 
-
-# Beside running streams prompts take smaller steps: the streams wait for each of them, and a step of
-# a quarter of the tokens takes not much more than a quarter of the time.
+# Beside running streams prompts take smaller steps: the streams wait for each of them, and a step
+# of a quarter of the tokens takes not much more than a quarter of the time.
 INTERLEAVED_SHARE = 4
 
 
@@ -29,9 +28,10 @@ class Scheduler:
 
     A step is either a prefill (chunks of several prompts, up to the token budget) or a decode (one
     token for every prefilled row), never both: a mixed step would read every FFN anyway. They take
-    turns while there is work for both, so a running stream waits for one (short) prefill step at most,
-    and no stream of newcomers stops it; nor does any number of streams stop a prompt. Prompts are
-    computed in their order too, so that only the latest running one can be computed in part.
+    turns while there is work for both, so a running stream waits for one prefill step at most, and
+    that one is short. No stream of newcomers stops it, nor does any number of streams stop a
+    prompt. Prompts are computed in their order too, so that only the latest running one can be
+    computed in part.
     """
 
     def __init__(
