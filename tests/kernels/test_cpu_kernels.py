@@ -2,114 +2,36 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from skipllm_core.config import Quantization
 from skipllm_core.kernels import cpu
-from skipllm_core.kernels.cpu import CpuDecoder
-from skipllm_core.model.llama import LlamaModel
-from skipllm_core.model.loader import load_model
-from skipllm_core.runner.decode import cpu_decode_step
 from skipllm_core.runner.kv_cache import KVCache
-from skipllm_core.skip.policy import FfnSkipGate, ForcedGate, NeverGate, SkipGate
+from skipllm_core.skip.policy import FfnSkipGate, ForcedGate
 from skipllm_core.types import SkipParams
+from tests.kernels.rows import BLOCK_SIZE, CPU, Rows, load, needs_the_kernels, prompts_of
 from tests.model.checkpoints import CHECKPOINTS, VOCAB_SIZE, make_oracle, save_checkpoint
 
-BLOCK_SIZE = 4
 TOLERANCE = 2e-4
-CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    not cpu.is_available() and not os.environ.get("CI"), reason="the CPU kernels are not built"
-)
-
-
-def load(model_dir: Path, quantization: Quantization = "none") -> LlamaModel:
-    return load_model(model_dir, device=CPU, dtype=torch.float32, quantization=quantization)
-
-
-class Rows:
-    """Sequences that a decoder computes token by token, each in scattered blocks of one cache."""
-
-    def __init__(
-        self, model: LlamaModel, prompts: list[list[int]], *, num_threads: int = 2
-    ) -> None:
-        self.prompts = prompts
-        self.num_layers = model.config.num_layers
-        longest = max(map(len, prompts))
-        num_blocks = len(prompts) * (-(-longest // BLOCK_SIZE)) + 8
-        self.kv_cache = KVCache(
-            model.config,
-            num_blocks=num_blocks,
-            block_size=BLOCK_SIZE,
-            dtype=torch.float32,
-            device=CPU,
-        )
-        for memory in (*self.kv_cache.keys, *self.kv_cache.values):
-            memory.fill_(float("nan"))  # what was never written must never be seen
-        blocks = list(range(num_blocks))
-        random.Random(0).shuffle(blocks)
-        self.block_tables = []
-        for prompt in prompts:
-            size = -(-len(prompt) // BLOCK_SIZE)
-            self.block_tables.append(blocks[:size])
-            blocks = blocks[size:]
-        self.decoder = CpuDecoder(
-            model,
-            self.kv_cache,
-            max_num_rows=len(prompts),
-            max_model_len=longest,
-            num_threads=num_threads,
-        )
-
-    @torch.inference_mode()
-    def step(self, position: int, rows: list[int], gate: SkipGate | None = None) -> Tensor:
-        """The logits of these rows' tokens at `position`."""
-        return cpu_decode_step(
-            self.decoder,
-            [self.prompts[row][position] for row in rows],
-            [position] * len(rows),
-            [self.block_tables[row] for row in rows],
-            gate or NeverGate(len(rows)),
-        )
-
-    def all_logits(self) -> list[Tensor]:
-        """Per row, the logits of all its tokens; a step has the rows that are not through yet."""
-        found: list[list[Tensor]] = [[] for _ in self.prompts]
-        for position in range(max(map(len, self.prompts))):
-            rows = [row for row, prompt in enumerate(self.prompts) if position < len(prompt)]
-            for row, logits in zip(rows, self.step(position, rows), strict=True):
-                found[row].append(logits)
-        return [torch.stack(logits) for logits in found]
-
-
-def prompts_of(*lengths: int) -> list[list[int]]:
-    rng = random.Random(1)
-    return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+pytestmark = needs_the_kernels
 
 
 # transformers is the oracle ----------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def check_against_transformers(name: str, tmp_path: Path, lengths: tuple[int, ...]) -> str:
-    changes = {"max_position_embeddings": 1024}
-    oracle = make_oracle(name, **changes)
+def check_against_transformers(name: str, tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    oracle = make_oracle(name, max_position_embeddings=1024)
     oracle.save_pretrained(tmp_path)
     rows = Rows(load(tmp_path), prompts_of(*lengths))
     for prompt, logits in zip(rows.prompts, rows.all_logits(), strict=True):
         expected = oracle(torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
-    return rows.decoder.instructions
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -126,25 +48,6 @@ def test_long_contexts_are_attended_to_in_chunks(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 8, 9, 13])
 def test_any_number_of_rows_is_computed(num_rows: int, tmp_path: Path) -> None:
     check_against_transformers("llama_biases", tmp_path, tuple(range(3, 3 + num_rows)))
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_older_instruction_sets_compute_the_same(capability: str, tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from tests.kernels.test_cpu_kernels import check_against_transformers\n"
-        "lengths = (5, 19, 3, 8, 2, 4)\n"
-        f"print(check_against_transformers('qwen3', Path({str(tmp_path)!r}), lengths))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() in ("base", "avx2")
-    assert capability == "avx2" or run.stdout.strip() == "base"
 
 
 # Rows on their own -------------------------------------------------------------------------------
@@ -167,15 +70,6 @@ def test_a_rows_logits_are_the_same_bits_whatever_its_batch_mates(
         assert torch.equal(together[row], alone)
 
 
-@pytest.mark.parametrize("num_threads", [1, 3, 7])
-def test_threads_change_no_bit(num_threads: int, model_dir: Path) -> None:
-    model = load(model_dir)
-    prompts = prompts_of(40, 30, 20)
-    expected = Rows(model, prompts, num_threads=2).all_logits()
-    found = Rows(model, prompts, num_threads=num_threads).all_logits()
-    assert all(map(torch.equal, found, expected))
-
-
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_row_that_is_not_a_number_spoils_no_other(
     quantization: Quantization, model_dir: Path
@@ -189,20 +83,6 @@ def test_a_row_that_is_not_a_number_spoils_no_other(
     ill, well = Rows(model, [[poisoned] * 6, prompt]).all_logits()
     assert ill.isnan().all()
     assert torch.equal(well, sane)
-
-
-def test_dropped_decoders_leave_no_threads(model_dir: Path) -> None:
-    def num_threads() -> int:
-        return len(os.listdir("/proc/self/task"))
-
-    model = load(model_dir)
-    Rows(model, [[1]])
-    gc.collect()
-    before = num_threads()
-    for _ in range(20):
-        Rows(model, [[1, 2]], num_threads=4).all_logits()
-    gc.collect()
-    assert num_threads() <= before
 
 
 # Skipping ----------------------------------------------------------------------------------------
@@ -297,6 +177,28 @@ def test_layers_and_rows_that_are_not_there_are_refused(model_dir: Path) -> None
         rows.decoder.feed_forward(0, [1])
     with pytest.raises(IndexError):
         rows.decoder.feed_forward(-1, None)
+    with pytest.raises(TypeError):
+        rows.decoder.feed_forward(0, [0, 0])
+
+
+def test_a_refused_step_leaves_room_for_the_logits_of_the_one_before(model_dir: Path) -> None:
+    rows = Rows(load(model_dir), prompts_of(2, 2, 2))
+    expected = rows.step(0, [0, 1, 2])
+    with pytest.raises(ValueError, match="vocabulary"):
+        rows.decoder.begin([VOCAB_SIZE], [1], rows.block_tables[:1])
+    assert torch.equal(rows.decoder.logits(), expected)
+    with pytest.raises(AssertionError):
+        rows.decoder.begin([], [], [])
+
+
+def test_the_last_block_is_usable_to_its_end(tmp_path: Path) -> None:
+    """A context of 5 tokens has two blocks of 4; positions 5 to 7 stand in the second."""
+    oracle = make_oracle("llama3")
+    oracle.save_pretrained(tmp_path)
+    rows = Rows(load(tmp_path), prompts_of(5))
+    rows.prompts = prompts_of(8)
+    expected = oracle(torch.tensor(rows.prompts)).logits[0]
+    torch.testing.assert_close(rows.all_logits()[0], expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 # Building ----------------------------------------------------------------------------------------

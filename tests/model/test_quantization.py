@@ -68,6 +68,21 @@ def test_every_linear_of_a_checkpoint_is_within_half_a_step_of_what_it_was(
         assert (error <= linear.scale[:, None] * 0.5001).all()
 
 
+@pytest.mark.parametrize("name", ["llama3", "llama3_tied"])
+def test_linears_take_a_quarter_of_the_memory_and_embeddings_stay(
+    name: str, tmp_path: Path
+) -> None:
+    model_dir = save_checkpoint(tmp_path, name)
+    full = load_model(model_dir, device=CPU, dtype=torch.float32)
+    quantized = load_model(model_dir, device=CPU, dtype=torch.float32, quantization="int8")
+    assert torch.equal(quantized.embedding, full.embedding)
+    sizes = [
+        sum(p.nbytes for m in model.modules() if isinstance(m, Linear) for p in m.parameters())
+        for model in (quantized, full)
+    ]
+    assert sizes[0] / sizes[1] < 0.25 + 1 / 48  # the scales: one for 48 inputs or more
+
+
 @torch.inference_mode()
 def teacher_forced(runner: TorchModelRunner, prompt: list[int], answer: list[int]) -> Tensor:
     """The choice at every token of the answer, [num_tokens], decoded one by one."""

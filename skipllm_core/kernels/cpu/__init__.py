@@ -51,7 +51,8 @@ class CpuDecoder:
     ) -> None:
         assert is_available()
         config = model.config
-        cos, sin = model.rotary.cos_sin(torch.arange(max_model_len))
+        max_blocks = -(-max_model_len // kv_cache.block_size)
+        cos, sin = model.rotary.cos_sin(torch.arange(max_blocks * kv_cache.block_size))
         half = config.head_dim // 2  # of cos_sin's halves, one says all: the sine's second is +sin
         self.num_layers = config.num_layers
         self.max_num_rows = max_num_rows
@@ -71,7 +72,7 @@ class CpuDecoder:
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
             num_blocks=kv_cache.num_blocks,
-            max_blocks=-(-max_model_len // kv_cache.block_size),
+            max_blocks=max_blocks,
             max_rows=max_num_rows,
             num_layers=config.num_layers,
             num_threads=num_threads,
@@ -108,8 +109,9 @@ class CpuDecoder:
     ) -> None:
         """h = embed(token_ids); a row's token stands at its position, its blocks have room for it
         and hold K and V of those before."""
-        self._num_rows = len(token_ids)
+        assert token_ids, "a step has rows"
         self._decoder.begin(token_ids, positions, block_tables)
+        self._num_rows = len(token_ids)  # after it: a step that is refused leaves the one before
 
     def attend(self, layer: int) -> None:
         """h += Attn(norm1(h)) for all rows; writes their K and V."""
