@@ -128,7 +128,7 @@ class CpuDecoder:
 
     def logits(self) -> Tensor:
         """head(h): [num_rows, vocab] float32."""
-        logits = torch.empty(self._num_rows, self._vocab_size)
+        logits = torch.empty(self._num_rows, self._vocab_size, dtype=torch.float32)
         self._decoder.head(logits.data_ptr())
         return logits
 

@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -38,6 +39,13 @@ static int64_t max_chunks(const Shape *shape) {
     return (shape->block_size * shape->max_blocks + CHUNK - 1) / CHUNK;
 }
 
+/* `num` elements of `bytes` each, all 0; NULL makes *is_complete false. */
+static void *zeros(int64_t num, size_t bytes, bool *is_complete) {
+    void *buffer = calloc((size_t)num, bytes);
+    *is_complete = *is_complete && buffer != NULL;
+    return buffer;
+}
+
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -66,30 +74,23 @@ Decoder *decoder_new(const Shape *shape, const float *cos, const float *sin, int
     decoder->pool = pool_new(num_threads);
     /* An item of int8 weights has the most outputs. */
     decoder->item_outputs_max = MAX_ITEM_BYTES / shape->hidden + shape->inner / POOL_MAX_ITEMS + 8;
-    struct {
-        void **at;
-        int64_t elements, bytes;
-    } buffers[] = {
-        {(void **)&decoder->positions, rows, sizeof(int64_t)},
-        {(void **)&decoder->block_tables, rows * shape->max_blocks, sizeof(int32_t)},
-        {(void **)&decoder->h, rows * shape->hidden, sizeof(float)},
-        {(void **)&decoder->x, rows * shape->hidden, sizeof(float)},
-        {(void **)&decoder->qkv, rows * (heads + 2 * shape->num_kv_heads) * head_dim, sizeof(float)},
-        {(void **)&decoder->mixed, rows * heads * head_dim, sizeof(float)},
-        {(void **)&decoder->act, rows * shape->inner, sizeof(float)},
-        {(void **)&decoder->quantized, rows * widest, sizeof(int16_t)},
-        {(void **)&decoder->scales, rows, sizeof(float)},
-        {(void **)&decoder->up, num_threads * rows * decoder->item_outputs_max, sizeof(float)},
-        {(void **)&decoder->weights, num_threads * group * CHUNK, sizeof(float)},
-        {(void **)&decoder->maxima, rows * max_chunks(shape) * heads, sizeof(float)},
-        {(void **)&decoder->sums, rows * max_chunks(shape) * heads, sizeof(float)},
-        {(void **)&decoder->partial, rows * max_chunks(shape) * heads * head_dim, sizeof(float)},
-    };
-    int is_complete = decoder->pool != NULL;
-    for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) {
-        *buffers[i].at = calloc((size_t)buffers[i].elements, (size_t)buffers[i].bytes);
-        is_complete = is_complete && *buffers[i].at != NULL;
-    }
+    int64_t qkv_size = (heads + 2 * shape->num_kv_heads) * head_dim;
+    int64_t up_size = rows * decoder->item_outputs_max, num_partial = rows * max_chunks(shape) * heads;
+    bool is_complete = decoder->pool != NULL;
+    decoder->positions = zeros(rows, sizeof(int64_t), &is_complete);
+    decoder->block_tables = zeros(rows * shape->max_blocks, sizeof(int32_t), &is_complete);
+    decoder->h = zeros(rows * shape->hidden, sizeof(float), &is_complete);
+    decoder->x = zeros(rows * shape->hidden, sizeof(float), &is_complete);
+    decoder->qkv = zeros(rows * qkv_size, sizeof(float), &is_complete);
+    decoder->mixed = zeros(rows * heads * head_dim, sizeof(float), &is_complete);
+    decoder->act = zeros(rows * shape->inner, sizeof(float), &is_complete);
+    decoder->quantized = zeros(rows * widest, sizeof(int16_t), &is_complete);
+    decoder->scales = zeros(rows, sizeof(float), &is_complete);
+    decoder->up = zeros(num_threads * up_size, sizeof(float), &is_complete);
+    decoder->weights = zeros(num_threads * group * CHUNK, sizeof(float), &is_complete);
+    decoder->maxima = zeros(num_partial, sizeof(float), &is_complete);
+    decoder->sums = zeros(num_partial, sizeof(float), &is_complete);
+    decoder->partial = zeros(num_partial * head_dim, sizeof(float), &is_complete);
     if (is_complete) return decoder;
     decoder_free(decoder);
     return NULL;

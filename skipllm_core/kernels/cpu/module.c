@@ -53,8 +53,8 @@ static void decoder_dealloc(DecoderObject *self) {
 
 static int decoder_init(DecoderObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"hidden", "inner", "num_heads", "num_kv_heads", "head_dim", "block_size",
-                            "num_blocks", "max_blocks", "max_rows", "num_layers", "num_threads", "eps", "cos",
-                            "sin", "embedding", "norm", "head", NULL};
+                            "num_blocks", "max_blocks", "max_rows", "num_layers", "num_threads",
+                            "eps", "cos", "sin", "embedding", "norm", "head", NULL};
     Shape *shape = &self->shape;
     const float *cos, *sin;
     int num_layers, num_threads;
@@ -64,10 +64,11 @@ static int decoder_init(DecoderObject *self, PyObject *args, PyObject *kwargs) {
         return -1;
     }
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$LLLLLLLLLiifO&O&O&O&O&", names, &hidden, &inner,
-                                     &num_heads, &num_kv_heads, &head_dim, &block_size, &self->num_blocks, &max_blocks,
-                                     &max_rows, &num_layers, &num_threads, &shape->eps, to_address,
-                                     &cos, to_address, &sin, to_address, &self->embedding,
-                                     to_address, &self->norm, to_linear, &self->head)) {
+                                     &num_heads, &num_kv_heads, &head_dim, &block_size,
+                                     &self->num_blocks, &max_blocks, &max_rows, &num_layers,
+                                     &num_threads, &shape->eps, to_address, &cos, to_address, &sin,
+                                     to_address, &self->embedding, to_address, &self->norm,
+                                     to_linear, &self->head)) {
         return -1;
     }
     *shape = (Shape){hidden, inner, num_heads, num_kv_heads, head_dim, block_size, max_blocks,
@@ -116,9 +117,9 @@ static PyObject *begin(DecoderObject *self, PyObject *const *args, Py_ssize_t nu
         return NULL;
     }
     Py_ssize_t num_rows = PyList_GET_SIZE(args[0]);
-    if (num_rows > self->shape.max_rows || num_rows != PyList_GET_SIZE(args[1]) ||
+    if (num_rows < 1 || num_rows > self->shape.max_rows || num_rows != PyList_GET_SIZE(args[1]) ||
         num_rows != PyList_GET_SIZE(args[2])) {
-        PyErr_SetString(PyExc_ValueError, "too many rows, or lists of different lengths");
+        PyErr_SetString(PyExc_ValueError, "no rows, too many, or lists of different lengths");
         return NULL;
     }
     int32_t *table = decoder_block_tables(self->decoder);
@@ -131,7 +132,8 @@ static PyObject *begin(DecoderObject *self, PyObject *const *args, Py_ssize_t nu
             PyErr_SetString(PyExc_ValueError, "a token that is not in the vocabulary");
             return NULL;
         }
-        if (!PyList_Check(blocks) || self->positions[row] < 0 || PyList_GET_SIZE(blocks) > self->shape.max_blocks ||
+        if (!PyList_Check(blocks) || PyList_GET_SIZE(blocks) > self->shape.max_blocks ||
+            self->positions[row] < 0 ||
             self->positions[row] >= PyList_GET_SIZE(blocks) * self->shape.block_size) {
             PyErr_SetString(PyExc_ValueError, "a block table that does not fit its position");
             return NULL;

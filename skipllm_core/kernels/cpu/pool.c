@@ -83,7 +83,7 @@ static void work(Pool *pool, int thread) {
     }
 }
 
-static bool is_over(Pool *pool, Share *share, uint32_t generation) {
+static bool must_wait(Pool *pool, Share *share, uint32_t generation) {
     return generation_of(atomic_load(&share->ticket)) == generation &&
            !atomic_load(&pool->is_closing);
 }
@@ -92,14 +92,14 @@ static void await_next(Pool *pool, Share *share, uint32_t generation) {
     int64_t deadline = now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < 32; i++) {
-            if (!is_over(pool, share, generation)) return;
+            if (!must_wait(pool, share, generation)) return;
             relax();
         }
     } while (now_ns() < deadline);
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->num_asleep, 1);
     /* Looked at again after num_asleep is up: pool_run raises the tickets before it reads that. */
-    while (is_over(pool, share, generation)) pthread_cond_wait(&pool->wake, &pool->mutex);
+    while (must_wait(pool, share, generation)) pthread_cond_wait(&pool->wake, &pool->mutex);
     atomic_fetch_sub(&pool->num_asleep, 1);
     pthread_mutex_unlock(&pool->mutex);
 }

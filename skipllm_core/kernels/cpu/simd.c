@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 #define PREFETCH_BYTES 4096
 
 #define INLINE static inline __attribute__((always_inline))
@@ -63,17 +62,20 @@ BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 END_TARGET
 #endif
 
+#if ON_X86
 /* torch's own variable (avx512, avx2, default) holds us to the same. */
 static int may_use(const char *instructions) {
     const char *most = getenv("ATEN_CPU_CAPABILITY");
     if (most == NULL || strcmp(most, "avx512") == 0) return 1;
     return strcmp(most, "avx2") == 0 && strcmp(instructions, "avx2") == 0;
 }
+#endif
 
 const Simd *simd_best(void) {
 #if ON_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") &&
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
         may_use("avx512")) {
         return &simd_avx512;
     }

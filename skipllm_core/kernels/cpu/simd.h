@@ -55,7 +55,8 @@ typedef struct {
     float (*quantize)(const float *x, int64_t n, int16_t *quantized);
 } Simd;
 
-#define QUANTIZED_MAX 2047 /* |x|: a sum of 65,536 products with int8 stays within 32 bits */
+#define QUANTIZED_MAX 2047
+#define INT8_SUM_MAX 8192 /* products of these with weights in [-127, 127] whose sum fits 32 bits */
 
 /* The best set for this machine. */
 const Simd *simd_best(void);

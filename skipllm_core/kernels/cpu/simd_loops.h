@@ -81,9 +81,10 @@ INLINE int32_t NAMED(sum8)(__m256i v) {
 #define SUM8(sums) NAMED(sum8)(sums)
 #endif
 
-/* As tile_float, in integers: exact, so its order is nobody's business. */
-INLINE void NAMED(tile_int8)(const int16_t *x, int64_t x_stride, const int8_t *w, int64_t n, int R,
-                             int O, const int8_t *next, int P, int32_t *out) {
+/* Adds a tile's sums of n <= INT8_SUM_MAX products to out[R][O]; rows of weights lie w_stride apart.
+ * The sums are taken in integers: exact, in whatever order. */
+INLINE void NAMED(tile_int8)(const int16_t *x, int64_t x_stride, const int8_t *w, int64_t w_stride,
+                             int64_t n, int R, int O, const int8_t *next, int P, float *out) {
 #if INT8_SUM
     enum { STEP = INT8_SUM / 16 };
     NAMED(sums8) sums[4][4];
@@ -91,10 +92,10 @@ INLINE void NAMED(tile_int8)(const int16_t *x, int64_t x_stride, const int8_t *w
         for (int o = 0; o < O; o++) sums[r][o] = ZERO8;
     int64_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        for (int p = 0; p < P; p++) __builtin_prefetch(next + p * n + i);
+        for (int p = 0; p < P; p++) __builtin_prefetch(next + p * w_stride + i);
         for (int64_t k = i; k < i + 64; k += STEP) {
             for (int o = 0; o < O; o++) {
-                NAMED(sums8) weights = LOAD8(w + o * n + k);
+                NAMED(sums8) weights = LOAD8(w + o * w_stride + k);
                 for (int r = 0; r < R; r++) {
                     sums[r][o] = ADD8(sums[r][o], weights, LOAD16(x + r * x_stride + k));
                 }
@@ -104,8 +105,8 @@ INLINE void NAMED(tile_int8)(const int16_t *x, int64_t x_stride, const int8_t *w
     for (int r = 0; r < R; r++) {
         for (int o = 0; o < O; o++) {
             int32_t sum = SUM8(sums[r][o]);
-            for (int64_t t = i; t < n; t++) sum += w[o * n + t] * x[r * x_stride + t];
-            out[r * O + o] = sum;
+            for (int64_t t = i; t < n; t++) sum += w[o * w_stride + t] * x[r * x_stride + t];
+            out[r * O + o] += (float)sum;
         }
     }
 #else
@@ -113,8 +114,8 @@ INLINE void NAMED(tile_int8)(const int16_t *x, int64_t x_stride, const int8_t *w
     for (int r = 0; r < R; r++) {
         for (int o = 0; o < O; o++) {
             int32_t sum = 0;
-            for (int64_t t = 0; t < n; t++) sum += w[o * n + t] * x[r * x_stride + t];
-            out[r * O + o] = sum;
+            for (int64_t t = 0; t < n; t++) sum += w[o * w_stride + t] * x[r * x_stride + t];
+            out[r * O + o] += (float)sum;
         }
     }
 #endif
@@ -132,13 +133,17 @@ INLINE void NAMED(tile)(const Linear *linear, const Input *input, int row, int R
                           weight + output * n, n, R, O, weight + next * n, P, to, out_stride);
     } else {
         const int8_t *weight = linear->weight;
-        int32_t sums[16];
-        NAMED(tile_int8)(input->quantized + row * input->row_stride, input->row_stride,
-                         weight + output * n, n, R, O, weight + next * n, P, sums);
+        const int16_t *x = input->quantized + row * input->row_stride;
+        float sums[16] = {0};
+        for (int64_t i = 0; i < n; i += INT8_SUM_MAX) {
+            NAMED(tile_int8)(x + i, input->row_stride, weight + output * n + i, n,
+                             n - i < INT8_SUM_MAX ? n - i : INT8_SUM_MAX, R, O,
+                             weight + next * n + i, P, sums);
+        }
         for (int r = 0; r < R; r++)
             for (int o = 0; o < O; o++)
                 to[r * out_stride + o] =
-                    (float)sums[r * O + o] * (linear->scale[output + o] * input->scales[row + r]);
+                    sums[r * O + o] * (linear->scale[output + o] * input->scales[row + r]);
     }
     if (linear->bias != NULL)
         for (int r = 0; r < R; r++)
@@ -319,7 +324,12 @@ static float NAMED(quantize)(const float *x, int64_t n, int16_t *quantized) {
     }
     float most;
     memcpy(&most, &max, sizeof(most));
-    float inverse = most > 0 && isfinite(most) ? QUANTIZED_MAX / most : 0;
+    if (!isfinite(most)) {
+        memset(quantized, 0, (size_t)n * sizeof(int16_t));
+        return NAN;
+    }
+    float inverse = QUANTIZED_MAX / most;
+    if (!isfinite(inverse)) inverse = 0; /* all are 0, or next to it */
     const float magic = 12582912.0f; /* see exp */
     for (i = 0; i + LANES <= n; i += LANES) {
         IVEC rounded = (IVEC)(LOAD(x + i) * inverse + magic) - 0x4b400000; /* magic's own bits */
@@ -327,7 +337,7 @@ static float NAMED(quantize)(const float *x, int64_t n, int16_t *quantized) {
         memcpy(quantized + i, &narrow, sizeof(narrow));
     }
     for (; i < n; i++) quantized[i] = (int16_t)lrintf(x[i] * inverse);
-    return isfinite(most) ? most / QUANTIZED_MAX : NAN;
+    return most / QUANTIZED_MAX;
 }
 
 static const Simd NAMED(simd) = {
