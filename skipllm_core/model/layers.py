@@ -14,7 +14,7 @@ from skipllm_core.model.config import ModelConfig, RopeConfig
 
 INT8_MAX = 127
 # Inputs of int8 weights have 12 bits: exact enough to cost nothing beside the weights' rounding,
-# and a sum of 65,536 products stays within 32 bits.
+# and a sum of 8,192 products stays within 32 bits.
 INPUT_MAX = 2047
 
 

@@ -217,3 +217,19 @@ def test_a_row_that_is_not_a_number_never_triggers_and_hides_no_other(tmp_path: 
     )
     rows.step(0, [0, 1, 2], gate)
     assert gate.skipped_layers == [[], [1, 2], []]
+
+
+def test_int8_sums_of_many_inputs_do_not_overflow(tmp_path: Path) -> None:
+    """16,448 products of the largest integers are beyond 32 bits."""
+    make_oracle("llama2", intermediate_size=16448).save_pretrained(tmp_path)
+    model = load(tmp_path, "int8")
+    for block in model.blocks:
+        for linear in (block.ffn.gate_up, block.ffn.down):
+            linear.weight.fill_(127)
+            linear.scale.fill_(1e-4)
+    prompts = prompts_of(3)
+    (found,), (expected,) = (
+        Rows(model, prompts).all_logits(),
+        EagerRows(model, prompts).all_logits(),
+    )
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
