@@ -87,13 +87,7 @@ def run_decode(
         num_seqs = sum(case.batch for case in cases if case.engine == "skipllm")
         config = replace(config, max_num_seqs=num_seqs, max_model_len=max_model_len)
         with _begun(config, compare) as (machine, runner, theirs):
-            print_model(
-                _out(),
-                name,
-                runner.num_parameters,
-                _computes(settings, runner),
-                is_random=config.load_format == "dummy",
-            )
+            _tell_model(name, runner, settings, config)
             sizes = {n: step_bytes(runner, batch=n, context=context, steps=steps) for n in batches}
             print_ceilings(_out(), sizes, machine.bandwidth.bytes_per_s, runner.device)
             bench = DecodeBench(
@@ -134,13 +128,7 @@ def run_prefill(
         _check_length(max(lengths) + 1, model_config, "--tokens")
         config = replace(config, max_num_seqs=1, max_model_len=max(lengths) + 1)
         with _begun(config, compare) as (machine, runner, theirs):
-            print_model(
-                _out(),
-                name,
-                runner.num_parameters,
-                _computes(settings, runner),
-                is_random=config.load_format == "dummy",
-            )
+            _tell_model(name, runner, settings, config)
             with step_progress() as on_progress:
                 found = bench_prefill(
                     runner,
@@ -253,6 +241,18 @@ def _begun(
 
 def _out() -> Console:
     return Console(highlight=False)
+
+
+def _tell_model(
+    name: str, runner: TorchModelRunner, settings: Settings, config: EngineConfig
+) -> None:
+    print_model(
+        _out(),
+        name,
+        runner.num_parameters,
+        _computes(settings, runner),
+        is_random=config.load_format == "dummy",
+    )
 
 
 def _computes(settings: Settings, runner: TorchModelRunner) -> str:
