@@ -4,13 +4,36 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PREFETCH_BYTES 4096
+#define MAX_TILE_ROWS 8
+#define MAX_TILE_OUTPUTS 3
+#define CACHED_INPUT_BYTES 20000 /* of a tile's rows, which leave room in the first cache */
+#define FETCH_AHEAD 16384        /* bytes of the stream of weights */
+#define KEYS_AHEAD 16            /* positions */
+/* Into the second cache, where the processor finds them in time; the first one has the inputs. */
+#define FETCH(p) __builtin_prefetch(p, 0, 2)
 
 #define INLINE static inline __attribute__((always_inline))
+
+INLINE int smaller_of(int a, int b) { return a < b ? a : b; }
+
+/* Positions t and t + 1 are about to be scored: fetches keys that are scored later, and the values,
+ * which are mixed when all scores are known. A KV head's part of the cache is a run too short for
+ * the processor to see where the next one is. */
+INLINE void fetch_ahead(const AttentionPart *part, const int64_t *offsets, int64_t t, int64_t n) {
+    for (int64_t i = t; i < t + 2; i++) {
+        int64_t later = i + KEYS_AHEAD < n ? i + KEYS_AHEAD : n - 1;
+        for (int64_t d = 0; d < part->head_dim; d += 16) {
+            FETCH(part->keys + offsets[later] + d);
+            FETCH(part->values + offsets[i] + d);
+        }
+    }
+}
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ON_X86 1
 #include <immintrin.h>
+/* Keeps gcc from regrouping integer sums, for which it has not enough registers. */
+#define IN_ORDER(sums) __asm__("" : "+v"(sums))
 #else
 #define ON_X86 0
 #endif
