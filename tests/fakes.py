@@ -43,6 +43,7 @@ class FakeRunner:
         block_size: int = 16,
         num_skipped: int = 1,
         step_s: float = 0.0,
+        min_prefill_tokens: int = 8,
         fail: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.num_layers = num_layers
@@ -52,6 +53,7 @@ class FakeRunner:
         self.device = "cpu"
         self.dtype = "float32"
         self.num_parameters = 0
+        self.min_prefill_tokens = min_prefill_tokens
         self.batches: list[Batch] = []
         self._cache = [[0] * block_size for _ in range(num_kv_blocks)]
         self._contents: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()

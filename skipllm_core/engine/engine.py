@@ -74,6 +74,7 @@ class Engine:
             self._blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            min_prefill_tokens=runner.min_prefill_tokens,
             clock=clock,
         )
         self._seqs: dict[int, Sequence] = {}  # the unfinished ones

@@ -60,5 +60,6 @@ class ModelRunner(Protocol):
     device: str  # "cpu", "cuda:0"
     dtype: str  # "float32", "bfloat16"
     num_parameters: int
+    min_prefill_tokens: int  # a prefill step of fewer takes hardly less time
 
     def run(self, batch: Batch) -> StepResult: ...

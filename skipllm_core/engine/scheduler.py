@@ -11,8 +11,10 @@ from skipllm_core.engine.runner import Batch, ScheduledSeq
 from skipllm_core.sequence import SeqStatus, Sequence
 from skipllm_core.types import StepKind
 
-# Beside running streams prompts take smaller steps: the streams wait for each of them, and a step
-# of a quarter of the tokens takes not much more than a quarter of the time.
+# Beside running streams, which wait for each of its steps, a prompt is spread over this many: a
+# short one delays them hardly, a long one is not starved by them. No step takes more than a share
+# of the token budget, so there is a longest wait.
+INTERLEAVED_STEPS = 16
 INTERLEAVED_SHARE = 4
 
 
@@ -40,6 +42,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        min_prefill_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert 0 < max_num_seqs <= max_num_batched_tokens, "a decode step has to fit the budget"
@@ -51,6 +54,7 @@ class Scheduler:
         self.num_prefix_cache_hits = 0  # those that need not be computed
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._min_prefill_tokens = min_prefill_tokens
         self._clock = clock
         self._last_kind: StepKind = "decode"
 
@@ -81,18 +85,26 @@ class Scheduler:
         return batch
 
     def _prefill(self) -> Batch | None:
-        budget = self._max_num_batched_tokens
-        if any(seq.is_prefilled for seq in self.running):
-            budget = max(1, budget // INTERLEAVED_SHARE)
-        rows: list[ScheduledSeq] = []
+        num_decoding = sum(seq.is_prefilled for seq in self.running)
         seq = self.running[-1] if self.running else None
         if seq is None or seq.is_prefilled:
             seq = self._admit_next()
+        budget = self._max_num_batched_tokens
+        if seq is not None and num_decoding:
+            budget = self._interleaved_tokens(seq, num_decoding)
+        rows: list[ScheduledSeq] = []
         while seq is not None:
             rows.append(ScheduledSeq(seq, min(budget, _num_left_to_prefill(seq))))
             budget -= rows[-1].num_tokens
             seq = self._admit_next() if budget else None
         return Batch("prefill", tuple(rows)) if rows else None
+
+    def _interleaved_tokens(self, seq: Sequence, num_decoding: int) -> int:
+        """Of a prefill step that begins with `seq`, beside `num_decoding` streams."""
+        # As many tokens as there are streams cost no more than one of their own steps.
+        least = max(self._min_prefill_tokens, num_decoding)
+        part = -(-(seq.num_tokens - seq.num_cached_tokens) // INTERLEAVED_STEPS)
+        return min(max(part, least), max(1, self._max_num_batched_tokens // INTERLEAVED_SHARE))
 
     def _admit_next(self) -> Sequence | None:
         """Lends the next waiting sequence blocks for all it has to prefill, if there is room."""

@@ -1,4 +1,4 @@
-"""The decode step: attention always, the FFN where the gate says so.
+"""A step: attention always, the FFN where the gate says so.
 
 Twice: with torch's operators on any device, and with the CPU's own kernels. Both ask the same gate.
 """
@@ -50,14 +50,16 @@ def _feed_forward(block: Block, h: Tensor, rows: Collection[int]) -> Tensor:
     return h.index_copy(0, index, block.feed_forward(h.index_select(0, index)))
 
 
-def cpu_decode_step(
+def cpu_step(
     decoder: CpuDecoder,
     token_ids: list[int],
     positions: list[int],
     block_tables: list[list[int]],
     gate: SkipGate,
+    sampling: list[int] | None = None,
 ) -> Tensor:
-    """`decode_step` by the CPU's kernels: one token of every row -> logits [num_rows, vocab]."""
+    """`gated_forward` by the CPU's kernels, a row being one token, and the head of the rows
+    `sampling` (None: all): logits [num_sampling, vocab]."""
     num_rows = len(token_ids)
     decoder.begin(token_ids, positions, block_tables)
     for layer in range(decoder.num_layers):
@@ -69,4 +71,4 @@ def cpu_decode_step(
                 gate.observe(layer, decoder.feed_forward_watched(layer, some))
             else:
                 decoder.feed_forward(layer, some)
-    return decoder.logits()
+    return decoder.logits(sampling)

@@ -17,7 +17,7 @@ from skipllm_core.kernels.cpu import CpuDecoder, is_available
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.loader import load_model, resolve_dtype
-from skipllm_core.runner.decode import cpu_decode_step, decode_step, gated_forward
+from skipllm_core.runner.decode import cpu_step, decode_step, gated_forward
 from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.runner.memory import cpu_budget_bytes, cuda_budget_bytes
 from skipllm_core.runner.sampler import sample
@@ -25,10 +25,14 @@ from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoide
 
 logger = logging.getLogger(__name__)
 
+# Tokens up to which the CPU's kernels compute a prompt's step faster than torch's products do
+# (`skipllm bench prefill`).
+MIN_KERNEL_ROWS = 32
+
 
 class TorchModelRunner:
-    """Computes batches with a checkpoint's model: decode steps with the device's own kernels where
-    there are some, everything else with torch's operators.
+    """Computes batches with a checkpoint's model: decode steps and short prompts with the device's
+    own kernels where there are some, everything else with torch's operators.
 
     Raises ConfigError when the device, the model or the KV cache cannot be had.
     """
@@ -60,6 +64,8 @@ class TorchModelRunner:
         self.max_model_len, self.num_kv_blocks = self._cache_size(config)
         self.kv_cache = self._new_cache(self.num_kv_blocks)
         self.cpu_decoder = self._new_cpu_decoder(config)
+        # torch's products take as long over fewer tokens as over these, all devices alike.
+        self.min_prefill_tokens = 64 if self.cpu_decoder is None else 8
 
     @torch.inference_mode()
     def run(self, batch: Batch, gate: SkipGate | None = None) -> StepResult:
@@ -94,34 +100,29 @@ class TorchModelRunner:
     def logits(self, rows: Sequence[ScheduledSeq], gate: SkipGate) -> Tensor:
         """Computes the rows' scheduled tokens, under a gate with one row per token. Returns the
         logits [num_sampling_rows, vocab] that the rows which sample have to sample from."""
-        is_decode = all(row.num_tokens == 1 and row.samples for row in rows)
-        if (
-            is_decode
-            and self.cpu_decoder is not None
-            and len(rows) <= self.cpu_decoder.max_num_rows
-        ):
-            return cpu_decode_step(
+        places = [
+            (row.seq, position)
+            for row in rows
+            for position in range(_start(row), _start(row) + row.num_tokens)
+        ]
+        ends = accumulate(row.num_tokens for row in rows)
+        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+        tokens = [seq.token_ids[position] for seq, position in places]
+        if self.cpu_decoder is not None and len(tokens) <= self.cpu_decoder.max_num_rows:
+            return cpu_step(
                 self.cpu_decoder,
-                [row.seq.token_ids[_start(row)] for row in rows],
-                [_start(row) for row in rows],
-                [row.seq.block_table for row in rows],
+                tokens,
+                [position for _, position in places],
+                [seq.block_table for seq, _ in places],
                 gate,
+                last,
             )
         context_rows = [
             ContextRow(_start(row), row.num_tokens, row.seq.block_table) for row in rows
         ]
         ctx = self.model.context(context_rows, self.kv_cache)
-        token_ids = torch.tensor(
-            [
-                token_id
-                for row in rows
-                for token_id in row.seq.token_ids[_start(row) : _start(row) + row.num_tokens]
-            ],
-            device=self._device,
-        )
-        ends = accumulate(row.num_tokens for row in rows)
-        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
-        if len(last) == len(token_ids):
+        token_ids = torch.tensor(tokens, device=self._device)
+        if len(last) == len(tokens):
             return decode_step(self.model, token_ids, ctx, gate)
         h = gated_forward(self.model, token_ids, ctx, gate)
         return self.model.head(h[torch.tensor(last, dtype=torch.int64, device=self._device)])
@@ -139,7 +140,7 @@ class TorchModelRunner:
         return CpuDecoder(
             self.model,
             self.kv_cache,
-            max_num_rows=config.max_num_seqs,
+            max_num_rows=max(config.max_num_seqs, MIN_KERNEL_ROWS),
             max_model_len=self.max_model_len,
             num_threads=torch.get_num_threads(),
         )

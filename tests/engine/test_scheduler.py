@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 
 from skipllm_core.engine.engine import Engine
@@ -206,7 +207,31 @@ def test_running_streams_wait_for_one_chunk_at_most() -> None:
     assert first.kind == "prefill"
     assert [batch.kind for batch in steps] == [*["decode", "prefill"] * 16, "decode"]
     assert [len(batch.rows) for batch in steps[::2]] == [*[8] * 16, 9]
-    assert [batch.rows[0].num_tokens for batch in steps[1::2]] == [*[128] * 15, 80]
+    assert [batch.rows[0].num_tokens for batch in steps[1::2]] == [125] * 16
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "num_prompt_tokens", "chunk"),
+    [
+        (2, 128, 8),  # a sixteenth
+        (2, 30, 4),  # the least that pays
+        (12, 128, 12),  # what a step of the streams costs
+        (2, 4000, 128),  # a quarter of the budget
+    ],
+)
+def test_a_short_prompt_delays_running_streams_less_than_a_long_one(
+    num_streams: int, num_prompt_tokens: int, chunk: int
+) -> None:
+    runner = FakeRunner(num_kv_blocks=512, min_prefill_tokens=4)
+    engine = fake_engine(runner, max_num_batched_tokens=512, max_model_len=4096, max_num_seqs=16)
+    for seq_id in range(num_streams):
+        engine.add(seq_id, [40 + seq_id], SamplingParams(max_tokens=99))
+    engine.step()
+    engine.add(99, [40] * num_prompt_tokens, SamplingParams(max_tokens=2))
+    run(engine)
+    chunks = [batch.rows[0].num_tokens for batch in runner.batches[1:] if batch.kind == "prefill"]
+    assert set(chunks[:-1]) == {chunk}
+    assert sum(chunks) == num_prompt_tokens
 
 
 def test_a_prompt_that_nobody_waits_for_takes_whole_steps() -> None:

@@ -16,7 +16,7 @@ from skipllm_core.kernels.cpu import CpuDecoder
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
-from skipllm_core.runner.decode import cpu_decode_step, decode_step
+from skipllm_core.runner.decode import cpu_step, decode_step
 from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.skip.policy import NeverGate, SkipGate
 from tests.model.checkpoints import VOCAB_SIZE
@@ -71,7 +71,7 @@ class Rows:
     @torch.inference_mode()
     def step(self, position: int, rows: list[int], gate: SkipGate | None = None) -> Tensor:
         """The logits of these rows' tokens at `position`."""
-        return cpu_decode_step(
+        return cpu_step(
             self.decoder,
             [self.prompts[row][position] for row in rows],
             [position] * len(rows),

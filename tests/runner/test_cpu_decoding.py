@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skipllm_core.engine.runner import ScheduledSeq
-from skipllm_core.runner.model_runner import TorchModelRunner
+from skipllm_core.runner.model_runner import MIN_KERNEL_ROWS, TorchModelRunner
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.policy import NeverGate
 from skipllm_core.types import SamplingParams, SkipParams
@@ -74,17 +74,38 @@ def test_torch_alone_says_and_skips_the_same(model_dir: Path) -> None:
     assert len({layers for outputs in found for layers in skipped(outputs)}) > 3
 
 
+def test_a_short_piece_of_a_prompt_is_computed_by_the_kernels_as_by_torch(model_dir: Path) -> None:
+    prompt = [5 + n % 60 for n in range(50)]
+    found = []
+    for enforce_eager in (False, True):
+        config = engine_config(model_dir, load_format="auto", enforce_eager=enforce_eager)
+        runner = TorchModelRunner(config)
+        first, second = (Sequence(n, prompt, SamplingParams(max_tokens=1)) for n in range(2))
+        first.block_table, second.block_table = [3, 1, 0, 2], [7, 5, 4, 6]
+        for seq, num_tokens in ((first, 40), (second, 45)):  # by torch in both
+            runner.logits([ScheduledSeq(seq, num_tokens)], NeverGate(num_tokens))
+            seq.num_computed_tokens = num_tokens
+        part = runner.logits([ScheduledSeq(first, 4), ScheduledSeq(second, 5)], NeverGate(9))
+        first.num_computed_tokens = 44
+        rest = runner.logits([ScheduledSeq(first, 6)], NeverGate(6))
+        assert part.shape == rest.shape == (1, runner.vocab_size)
+        torch.testing.assert_close(part, rest, atol=1e-4, rtol=1e-4)  # the same prompt
+        found.append(rest)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
 def test_a_step_of_more_rows_than_the_kernels_have_room_for_is_torchs(model_dir: Path) -> None:
     """Calibration may look at more rows side by side than are ever served."""
-    runner = TorchModelRunner(engine_config(model_dir, load_format="auto", max_num_seqs=2))
+    config = engine_config(model_dir, load_format="auto", max_num_seqs=4)  # room for 64 blocks
+    runner = TorchModelRunner(config)
     rows = []
-    for n in range(3):
-        seq = Sequence(0, [5, 6, 7 + n], SamplingParams(max_tokens=1))
+    for n in range(MIN_KERNEL_ROWS + 1):
+        seq = Sequence(0, [5, 6, 7 + n % 9], SamplingParams(max_tokens=1))
         seq.block_table = [n]
         runner.logits([ScheduledSeq(seq, 2)], NeverGate(2))
         seq.num_computed_tokens = 2
         rows.append(ScheduledSeq(seq, 1))
-    together = runner.logits(rows, NeverGate(3))
+    together = runner.logits(rows, NeverGate(len(rows)))
     for row, logits in zip(rows, together, strict=True):
         alone = runner.logits([row], NeverGate(1))[0]
         torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)

@@ -1,8 +1,9 @@
 """The decode step's parts on the CPU, in C: weights are read once, at the memory's speed.
 
 `CpuDecoder` does what `Block.attend`, `Block.feed_forward` and `LlamaModel.head` do, which are its
-oracle, for decode steps only (one token a row) and float32 models, weights in int8 included. The
-results of a row are the same bits whatever other rows its step has.
+oracle, for float32 models, weights in int8 included. A row is one token: of a sequence that is
+decoded, or of a short piece of a prompt, whose tokens are neighbouring rows. The results of a row
+are the same bits whatever other rows its step has.
 
 The C code is built when the package is installed and a C compiler is there; `is_available` tells.
 """
@@ -108,7 +109,7 @@ class CpuDecoder:
         self, token_ids: list[int], positions: list[int], block_tables: list[list[int]]
     ) -> None:
         """h = embed(token_ids); a row's token stands at its position, its blocks have room for it
-        and hold K and V of those before."""
+        and hold K and V of those before that are not rows of this step."""
         assert token_ids, "a step has rows"
         self._decoder.begin(token_ids, positions, block_tables)
         self._num_rows = len(token_ids)  # after it: a step that is refused leaves the one before
@@ -126,10 +127,12 @@ class CpuDecoder:
         it did not run."""
         return self._decoder.feed_forward_watched(layer, rows)
 
-    def logits(self) -> Tensor:
-        """head(h): [num_rows, vocab] float32."""
-        logits = torch.empty(self._num_rows, self._vocab_size, dtype=torch.float32)
-        self._decoder.head(logits.data_ptr())
+    def logits(self, rows: list[int] | None = None) -> Tensor:
+        """head(h) of `rows` (None: all): [number of rows, vocab] float32."""
+        num_rows = self._num_rows if rows is None else len(rows)
+        logits = torch.empty(num_rows, self._vocab_size, dtype=torch.float32)
+        if num_rows:
+            self._decoder.head(rows, logits.data_ptr())
         return logits
 
 

@@ -346,10 +346,11 @@ void decoder_feed_forward(Decoder *decoder, const Layer *layer, const int *rows,
     }
 }
 
-void decoder_head(Decoder *decoder, const float *norm, const Linear *head, float *logits) {
+void decoder_head(Decoder *decoder, const float *norm, const Linear *head, const int *rows,
+                  int num_rows, float *logits) {
     int64_t hidden = decoder->shape.hidden;
-    for (int row = 0; row < decoder->num_rows; row++) {
-        rms_norm(decoder, decoder->h + row * hidden, norm, hidden, decoder->x + row * hidden);
+    for (int i = 0; i < num_rows; i++) {
+        rms_norm(decoder, decoder->h + rows[i] * hidden, norm, hidden, decoder->x + i * hidden);
     }
-    apply(decoder, head, decoder->x, decoder->num_rows, logits);
+    apply(decoder, head, decoder->x, num_rows, logits);
 }

@@ -43,7 +43,8 @@ void decoder_attend(Decoder *decoder, const Layer *layer);
 void decoder_feed_forward(Decoder *decoder, const Layer *layer, const int *rows, int num_rows,
                           float *similarities);
 
-/* logits [num_rows, head->num_outputs] = head(norm(h)). */
-void decoder_head(Decoder *decoder, const float *norm, const Linear *head, float *logits);
+/* logits [num_rows, head->num_outputs] = head(norm(h)) of the given rows. */
+void decoder_head(Decoder *decoder, const float *norm, const Linear *head, const int *rows,
+                  int num_rows, float *logits);
 
 #endif

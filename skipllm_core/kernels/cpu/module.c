@@ -171,7 +171,29 @@ static PyObject *attend(DecoderObject *self, PyObject *index) {
     Py_RETURN_NONE;
 }
 
-/* The FFN for `rows` (None: all); leaves them in self->rows and returns their number, -1: error. */
+/* Leaves `rows` (None: all of the step's) in self->rows; returns their number, -1: error. */
+static int take_rows(DecoderObject *self, PyObject *rows) {
+    if (rows == Py_None) {
+        for (int i = 0; i < self->num_rows; i++) self->rows[i] = i;
+        return self->num_rows;
+    }
+    if (!PyList_Check(rows) || PyList_GET_SIZE(rows) > self->num_rows) {
+        PyErr_SetString(PyExc_TypeError, "rows is None or a list of some of the rows");
+        return -1;
+    }
+    int num_rows = (int)PyList_GET_SIZE(rows);
+    for (int i = 0; i < num_rows; i++) {
+        long row = PyLong_AsLong(PyList_GET_ITEM(rows, i));
+        if (row < 0 || row >= self->num_rows) {
+            if (!PyErr_Occurred()) PyErr_SetString(PyExc_IndexError, "no such row");
+            return -1;
+        }
+        self->rows[i] = (int)row;
+    }
+    return num_rows;
+}
+
+/* The FFN for `rows`; returns their number, -1: error. */
 static int run_feed_forward(DecoderObject *self, PyObject *const *args, Py_ssize_t num_args,
                             float *similarities) {
     if (num_args != 2) {
@@ -179,25 +201,8 @@ static int run_feed_forward(DecoderObject *self, PyObject *const *args, Py_ssize
         return -1;
     }
     const Layer *layer = layer_of(self, args[0]);
-    if (layer == NULL) return -1;
-    int num_rows = self->num_rows;
-    if (args[1] == Py_None) {
-        for (int i = 0; i < num_rows; i++) self->rows[i] = i;
-    } else {
-        if (!PyList_Check(args[1]) || PyList_GET_SIZE(args[1]) > self->num_rows) {
-            PyErr_SetString(PyExc_TypeError, "rows is None or a list of some of the rows");
-            return -1;
-        }
-        num_rows = (int)PyList_GET_SIZE(args[1]);
-        for (int i = 0; i < num_rows; i++) {
-            long row = PyLong_AsLong(PyList_GET_ITEM(args[1], i));
-            if (row < 0 || row >= self->num_rows) {
-                if (!PyErr_Occurred()) PyErr_SetString(PyExc_IndexError, "no such row");
-                return -1;
-            }
-            self->rows[i] = (int)row;
-        }
-    }
+    int num_rows = layer == NULL ? -1 : take_rows(self, args[1]);
+    if (num_rows < 0) return -1;
     Py_BEGIN_ALLOW_THREADS
     decoder_feed_forward(self->decoder, layer, self->rows, num_rows, similarities);
     Py_END_ALLOW_THREADS
@@ -229,12 +234,17 @@ static PyObject *feed_forward_watched(DecoderObject *self, PyObject *const *args
     return result;
 }
 
-/* head(logits): the address of [num_rows, vocabulary] floats to write. */
-static PyObject *head(DecoderObject *self, PyObject *address) {
-    const float *logits;
-    if (!to_address(address, &logits)) return NULL;
+/* head(rows, logits): the address of [number of rows, vocabulary] floats to write. */
+static PyObject *head(DecoderObject *self, PyObject *const *args, Py_ssize_t num_args) {
+    if (num_args != 2) {
+        PyErr_SetString(PyExc_TypeError, "head takes rows and an address");
+        return NULL;
+    }
+    void *logits = PyLong_AsVoidPtr(args[1]);
+    int num_rows = PyErr_Occurred() ? -1 : take_rows(self, args[0]);
+    if (num_rows < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    decoder_head(self->decoder, self->norm, &self->head, (float *)logits);
+    decoder_head(self->decoder, self->norm, &self->head, self->rows, num_rows, (float *)logits);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -252,7 +262,7 @@ static PyMethodDef methods[] = {
     {"attend", METHOD(attend), METH_O, NULL},
     {"feed_forward", METHOD(feed_forward), METH_FASTCALL, NULL},
     {"feed_forward_watched", METHOD(feed_forward_watched), METH_FASTCALL, NULL},
-    {"head", METHOD(head), METH_O, NULL},
+    {"head", METHOD(head), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

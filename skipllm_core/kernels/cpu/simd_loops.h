@@ -176,25 +176,23 @@ INLINE void NAMED(three_outputs)(const Linear *linear, const Input *input, int r
     }
 }
 
+/* The rows in groups, whose inputs stay in the first cache; the first group brings the weights of
+ * [first, end) into the second one for the others. */
 static void NAMED(linear)(const Linear *linear, const Input *input, int64_t first, int64_t end,
                           float *out, int64_t out_stride) {
     int64_t element = linear->scale == NULL ? sizeof(float) : sizeof(int16_t);
     int64_t row_bytes = linear->num_inputs * element;
-    int num_rows = input->num_rows;
-    int64_t output = first;
-    if (smaller_of(num_rows, MAX_TILE_ROWS) * row_bytes > CACHED_INPUT_BYTES) {
-        for (; output + 3 <= end; output += 3) {
-            for (int row = 0; row < num_rows; row += 4) {
-                NAMED(three_outputs)(linear, input, row, smaller_of(num_rows - row, 4), output,
-                                     row == 0 ? FETCH_AHEAD : 0, out + (output - first), out_stride);
-            }
-        }
-    }
-    for (; output < end; output++) {
-        for (int row = 0; row < num_rows; row += MAX_TILE_ROWS) {
-            NAMED(one_output)(linear, input, row, smaller_of(num_rows - row, MAX_TILE_ROWS), output,
-                              row == 0 ? FETCH_AHEAD : 0, out + (output - first), out_stride);
-        }
+    int is_wide = smaller_of(input->num_rows, MAX_TILE_ROWS) * row_bytes > CACHED_INPUT_BYTES;
+    int group = is_wide ? 4 : MAX_TILE_ROWS;
+    for (int row = 0; row < input->num_rows; row += group) {
+        int num_rows = smaller_of(input->num_rows - row, group);
+        int64_t ahead = row == 0 ? FETCH_AHEAD : 0, output = first;
+        for (; is_wide && output + 3 <= end; output += 3)
+            NAMED(three_outputs)(linear, input, row, num_rows, output, ahead,
+                                 out + (output - first), out_stride);
+        for (; output < end; output++)
+            NAMED(one_output)(linear, input, row, num_rows, output, ahead, out + (output - first),
+                              out_stride);
     }
 }
 
