@@ -79,10 +79,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = weight(*shape, place=place)
         self._size = (shape[-1],)
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self._size, eps=self._eps)
+        normed = F.rms_norm(x.float(), self._size, eps=self.eps)
         return normed.to(x.dtype).mul_(self.weight)
 
 

@@ -87,15 +87,16 @@ class FfnSkipGate:
         return True
 
     def watches(self, layer: int) -> bool:
-        return any(_may_trigger(skip, layer) for skip in self._watched.values())
+        return any(may_trigger(skip, layer) for skip in self._watched.values())
 
     def observe(self, layer: int, similarities: Sequence[float]) -> None:
         for row, skip in tuple(self._watched.items()):
-            if _may_trigger(skip, layer) and similarities[row] >= skip.threshold:
+            if may_trigger(skip, layer) and similarities[row] >= skip.threshold:
                 self._triggered[row] = self._watched.pop(row)
 
 
-def _may_trigger(skip: SkipParams, layer: int) -> bool:
+def may_trigger(skip: SkipParams, layer: int) -> bool:
+    """Whether a row under `skip` is watched at this layer."""
     # A trigger at the last skippable layer would change nothing: there is no next one.
     return skip.cold_start <= layer < skip.cold_end - 1
 

@@ -1,0 +1,247 @@
+"""Attention of one token a row over the paged KV cache, rotation and cache writes included.
+
+    a program: one row, one KV head (and the query heads that share it), one split of the positions
+
+Each split takes a softmax of its own, relative to its own maximum; a second kernel merges them in
+a fixed order. The split that holds the row's own position norms and rotates the new key, writes it
+and the value into the cache, and uses them; nobody else needs them in this step. Splits are of
+fixed length, so a captured graph serves every context: one without positions returns at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.model.llama import Attention
+
+
+@triton.jit
+def _normed_half(x, squares, weight_ptr, D, eps, dtype):
+    """Half a head after its RMSNorm; squares: of the whole head."""
+    normed = (x / tl.sqrt(squares / D + eps)).to(dtype).to(tl.float32)
+    return (normed * weight_ptr).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _attend(
+    qkv_ptr, qk_norm_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, positions_ptr, tables_ptr,
+    partial_ptr, maxima_ptr, sums_ptr,
+    max_blocks, window, scale, eps,
+    HAS_NORM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    GROUP_PAD: tl.constexpr, HALF_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions_ptr + row)
+    seen_from = tl.where(window > 0, tl.maximum(0, position - window + 1), 0)
+    first = tl.maximum(split * SPLIT, seen_from)
+    end = tl.minimum((split + 1) * SPLIT, position + 1)
+    if first >= end:
+        return
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    HALF: tl.constexpr = D // 2
+    dtype = qkv_ptr.dtype.element_ty
+    heads_ptr = qkv_ptr + row.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * D)
+    g = tl.arange(0, GROUP_PAD)
+    is_head = g < GROUP
+    half = tl.arange(0, HALF_PAD)
+    is_half = half < HALF
+    d = tl.arange(0, D_PAD)
+    is_d = d < D
+    cos = tl.load(cos_ptr + position * HALF + half, mask=is_half, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * HALF + half, mask=is_half, other=0.0).to(tl.float32)
+
+    # Queries [GROUP_PAD, HALF_PAD] in two halves, rotated.
+    head = kv_head * GROUP + g
+    q_at = head[:, None] * D + half[None, :]
+    q_mask = is_head[:, None] & is_half[None, :]
+    q1 = tl.load(heads_ptr + q_at, mask=q_mask, other=0.0).to(tl.float32)
+    q2 = tl.load(heads_ptr + q_at + HALF, mask=q_mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        squares = (tl.sum(q1 * q1, 1) + tl.sum(q2 * q2, 1))[:, None]
+        w1 = tl.load(qk_norm_ptr + q_at, mask=q_mask, other=0.0).to(tl.float32)
+        w2 = tl.load(qk_norm_ptr + q_at + HALF, mask=q_mask, other=0.0).to(tl.float32)
+        q1 = _normed_half(q1, squares, w1, D, eps, dtype)
+        q2 = _normed_half(q2, squares, w2, D, eps, dtype)
+    rotated1 = (q1 * cos[None, :] - q2 * sin[None, :]).to(dtype)
+    rotated2 = (q2 * cos[None, :] + q1 * sin[None, :]).to(dtype)
+
+    maxima = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
+    sums = tl.zeros((GROUP_PAD,), tl.float32)
+    mixed = tl.zeros((GROUP_PAD, D_PAD), tl.float32)
+    table_ptr = tables_ptr + row * max_blocks
+    slot_stride = NUM_KV_HEADS * D
+
+    # Positions whose keys lie in the cache: all but the row's own.
+    for start in range(first, tl.minimum(end, position), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        is_seen = t < tl.minimum(end, position)
+        block = tl.load(table_ptr + t // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+        slot = block * BLOCK_SIZE + t % BLOCK_SIZE
+        base = slot * slot_stride + kv_head * D
+        k_mask = is_seen[None, :] & is_half[:, None]
+        k1 = tl.load(keys_ptr + base[None, :] + half[:, None], mask=k_mask, other=0.0)
+        k2 = tl.load(keys_ptr + base[None, :] + half[:, None] + HALF, mask=k_mask, other=0.0)
+        scores = tl.dot(rotated1, k1, input_precision="ieee")
+        scores = tl.dot(rotated2, k2, scores, input_precision="ieee") * scale
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        new_maxima = tl.maximum(maxima, tl.max(scores, 1))
+        powers = tl.exp(scores - new_maxima[:, None])
+        shrink = tl.exp(maxima - new_maxima)
+        v_mask = is_seen[:, None] & is_d[None, :]
+        values = tl.load(values_ptr + base[:, None] + d[None, :], mask=v_mask, other=0.0)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(powers.to(dtype), values, mixed, input_precision="ieee")
+        sums = sums * shrink + tl.sum(powers, 1)
+        maxima = new_maxima
+
+    if end == position + 1:
+        key_ptr = heads_ptr + (NUM_HEADS + kv_head) * D
+        k1 = tl.load(key_ptr + half, mask=is_half, other=0.0).to(tl.float32)
+        k2 = tl.load(key_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares = tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0)
+            norm_ptr = qk_norm_ptr + (NUM_HEADS + kv_head) * D
+            w1 = tl.load(norm_ptr + half, mask=is_half, other=0.0).to(tl.float32)
+            w2 = tl.load(norm_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
+            k1 = _normed_half(k1, squares, w1, D, eps, dtype)
+            k2 = _normed_half(k2, squares, w2, D, eps, dtype)
+        new1 = (k1 * cos - k2 * sin).to(dtype)
+        new2 = (k2 * cos + k1 * sin).to(dtype)
+        value_ptr = heads_ptr + (NUM_HEADS + NUM_KV_HEADS + kv_head) * D
+        value = tl.load(value_ptr + d, mask=is_d, other=0.0)
+        block = tl.load(table_ptr + position // BLOCK_SIZE).to(tl.int64)
+        base = (block * BLOCK_SIZE + position % BLOCK_SIZE) * slot_stride + kv_head * D
+        tl.store(keys_ptr + base + half, new1, mask=is_half)
+        tl.store(keys_ptr + base + HALF + half, new2, mask=is_half)
+        tl.store(values_ptr + base + d, value, mask=is_d)
+        score = tl.sum(rotated1.to(tl.float32) * new1.to(tl.float32)[None, :], 1)
+        score += tl.sum(rotated2.to(tl.float32) * new2.to(tl.float32)[None, :], 1)
+        score *= scale
+        new_maxima = tl.maximum(maxima, score)
+        power = tl.exp(score - new_maxima)
+        shrink = tl.exp(maxima - new_maxima)
+        mixed = mixed * shrink[:, None] + power[:, None] * value.to(tl.float32)[None, :]
+        sums = sums * shrink + power
+        maxima = new_maxima
+
+    place = (row * NUM_HEADS + head) * MAX_SPLITS + split
+    tl.store(maxima_ptr + place, maxima, mask=is_head)
+    tl.store(sums_ptr + place, sums, mask=is_head)
+    at = place[:, None] * D + d[None, :]
+    tl.store(partial_ptr + at, mixed, mask=is_head[:, None] & is_d[None, :])
+
+
+@triton.jit
+def _merge(
+    partial_ptr, maxima_ptr, sums_ptr, positions_ptr, out_ptr, window,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    position = tl.load(positions_ptr + row)
+    seen_from = tl.where(window > 0, tl.maximum(0, position - window + 1), 0)
+    split = tl.arange(0, SPLITS_PAD)
+    has_any = (split < MAX_SPLITS) & (split * SPLIT <= position) & ((split + 1) * SPLIT > seen_from)
+    place = (row * NUM_HEADS + head) * MAX_SPLITS + split
+    maxima = tl.load(maxima_ptr + place, mask=has_any, other=float("-inf"))
+    sums = tl.load(sums_ptr + place, mask=has_any, other=0.0)
+    factors = tl.where(has_any, tl.exp(maxima - tl.max(maxima, 0)), 0.0)
+    d = tl.arange(0, D_PAD)
+    at = place[:, None] * D + d[None, :]
+    parts = tl.load(partial_ptr + at, mask=has_any[:, None] & (d < D)[None, :], other=0.0)
+    mixed = tl.sum(parts * factors[:, None], 0)
+    total = tl.sum(sums * factors, 0)
+    out = mixed / tl.where(total > 0.0, total, 1.0)  # a padded row has none
+    out_at = out_ptr + (row * NUM_HEADS + head) * D + d
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+class AttentionScratch:
+    """What the splits of one layer leave for the merge; every layer uses the same."""
+
+    def __init__(self, rows: DeviceRows, attention: Attention, max_len: int, split: int) -> None:
+        self.split = split  # positions
+        self.max_splits = triton.cdiv(max_len, split)
+        shape = (rows.max_num_rows, attention.num_heads, self.max_splits)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+        self.maxima = zeros
+        self.sums = torch.zeros_like(zeros)
+        self.partial = torch.zeros(
+            (*shape, attention.head_dim), dtype=torch.float32, device=rows.device
+        )
+
+
+def attend(
+    qkv: Tensor,
+    out: Tensor,
+    attention: Attention,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows: DeviceRows,
+    scratch: AttentionScratch,
+    num_rows: int,
+) -> None:
+    """out[:num_rows] [num_rows, num_heads * head_dim] of qkv [max_num_rows, (num_heads + 2
+    num_kv_heads) * head_dim] as the projection left it; the rows' K and V go into the cache.
+
+    keys, values [num_blocks, block_size, num_kv_heads, head_dim] of the layer; cos, sin [positions,
+    head_dim / 2].
+    """
+    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
+    head_dim = attention.head_dim
+    norm = attention.qk_norm
+    window = attention.window or 0
+    _attend[(num_rows, num_kv_heads, scratch.max_splits)](
+        qkv,
+        qkv if norm is None else norm.weight,
+        cos,
+        sin,
+        keys,
+        values,
+        rows.positions,
+        rows.block_tables,
+        scratch.partial,
+        scratch.maxima,
+        scratch.sums,
+        rows.block_tables.shape[1],
+        window,
+        head_dim**-0.5,
+        0.0 if norm is None else norm.eps,
+        HAS_NORM=norm is not None,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        D=head_dim,
+        BLOCK_SIZE=keys.shape[1],
+        SPLIT=scratch.split,
+        MAX_SPLITS=scratch.max_splits,
+        GROUP_PAD=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
+        HALF_PAD=max(16, triton.next_power_of_2(head_dim // 2)),
+        D_PAD=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_T=min(64, scratch.split),
+        num_warps=4,
+    )
+    _merge[(num_rows, num_heads)](
+        scratch.partial,
+        scratch.maxima,
+        scratch.sums,
+        rows.positions,
+        out,
+        window,
+        NUM_HEADS=num_heads,
+        D=head_dim,
+        SPLIT=scratch.split,
+        MAX_SPLITS=scratch.max_splits,
+        SPLITS_PAD=triton.next_power_of_2(scratch.max_splits),
+        D_PAD=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=1,
+    )

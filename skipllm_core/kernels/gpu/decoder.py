@@ -1,0 +1,140 @@
+"""The whole decode step as kernel launches that a CUDA graph can capture.
+
+    a layer, launches                     reads                      writes
+    1 norm, qkv, the gate's decision      h, before                  qkv, runs[layer]
+    2 rotation, K/V, attention            qkv, cache                 cache, partial
+    3 merge of the splits                 partial                    mixed
+    4 o, residual                         mixed                      h, before
+    5 norm, gate_up, SwiGLU    predicated h                          act
+    6 down, residual           predicated act                        h
+
+and one more where `tile_for` splits the inputs of o or down. Nothing waits for the device and
+nothing is allocated, so a step is the same launches whatever the rows are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from skipllm_core.kernels.gpu.attention import AttentionScratch, attend
+from skipllm_core.kernels.gpu.gate import GateState, decide_together, tell
+from skipllm_core.kernels.gpu.linear import gate_up, linear, parts_for
+from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.model.llama import Block, LlamaModel
+from skipllm_core.runner.kv_cache import KVCache
+
+MIN_SPLIT = 128  # positions of a split of attention
+MAX_SPLITS = 32
+
+
+@triton.jit
+def _embed(token_ids_ptr, embedding_ptr, h_ptr, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    token_id = tl.load(token_ids_ptr + row).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(embedding_ptr + token_id * hidden + at, mask=at < hidden)
+    tl.store(h_ptr + row * hidden + at, x, mask=at < hidden)
+
+
+class GpuDecoder:
+    """Decode steps over `rows`, for a model and cache on a CUDA device.
+
+    (Or on the CPU, in Triton's interpreter.) `consensus`: rows skip together, see
+    skip/consensus.py, with the numbers of `rows.consensus`.
+    """
+
+    def __init__(
+        self, model: LlamaModel, kv_cache: KVCache, rows: DeviceRows, *, consensus: bool = False
+    ) -> None:
+        config, device = model.config, rows.device
+        self._model = model
+        self._cache = kv_cache
+        self._rows = rows
+        self._consensus = consensus
+        dtype = model.embedding.dtype
+
+        def buffer(width: int) -> torch.Tensor:
+            return torch.zeros(rows.max_num_rows, width, dtype=dtype, device=device)
+
+        num_heads = config.num_heads + 2 * config.num_kv_heads
+        self._h = buffer(config.hidden_size)
+        self._qkv = buffer(num_heads * config.head_dim)
+        self._mixed = buffer(config.num_heads * config.head_dim)
+        self._act = buffer(config.intermediate_size)
+        self._state = GateState.build(rows, config.hidden_size, dtype)
+        self._parts = parts_for(rows.max_num_rows, config.hidden_size, device)
+        max_len = rows.block_tables.shape[1] * kv_cache.block_size
+        split = max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(max_len, MAX_SPLITS)))
+        attention = model.blocks[0].attention
+        self._scratch = AttentionScratch(rows, attention, max_len, split)
+        cos, sin = model.rotary.cos_sin(torch.arange(max_len, device=device))
+        half = config.head_dim // 2  # one of the two halves says all: the second sine is +sin
+        self._cos = cos[:, 0, :half].contiguous()
+        self._sin = sin[:, 0, half:].contiguous()
+
+    def step(self, num_rows: int, *, can_skip: bool) -> None:
+        """One token of each of the first `num_rows` rows: logits, K and V, and what was skipped.
+
+        Without `can_skip` nothing is: the kernels look at no flags and nobody decides.
+        """
+        rows = self._rows
+        assert 0 < num_rows <= rows.max_num_rows
+        hidden = self._h.shape[1]
+        block = min(1024, triton.next_power_of_2(hidden))
+        _embed[(num_rows, triton.cdiv(hidden, block))](
+            rows.token_ids, self._model.embedding, self._h, hidden, BLOCK=block
+        )
+        for layer, layer_block in enumerate(self._model.blocks):
+            self._attend(layer, layer_block, num_rows, can_skip)
+            run = self._state.runs[layer] if can_skip else None
+            gate_up(
+                self._h, layer_block.norm2, layer_block.ffn.gate_up, self._act, num_rows, run=run
+            )
+            linear(
+                self._act,
+                layer_block.ffn.down,
+                self._h,
+                num_rows,
+                is_residual=True,
+                run=run,
+                parts=self._parts,
+            )
+        linear(self._h, self._model.lm_head, rows.logits, num_rows, norm=self._model.norm)
+        tell(rows, self._state, num_rows, can_skip=can_skip)
+
+    def _attend(self, layer: int, block: Block, num_rows: int, can_skip: bool) -> None:
+        rows, state, attention = self._rows, self._state, block.attention
+        linear(
+            self._h,
+            attention.qkv,
+            self._qkv,
+            num_rows,
+            norm=block.norm1,
+            decides=(rows, state, layer) if can_skip else None,
+            consensus=self._consensus,
+        )
+        if can_skip and self._consensus:
+            decide_together(rows, state, layer, num_rows)
+        attend(
+            self._qkv,
+            self._mixed,
+            attention,
+            self._cache.keys[layer],
+            self._cache.values[layer],
+            self._cos,
+            self._sin,
+            rows,
+            self._scratch,
+            num_rows,
+        )
+        linear(
+            self._mixed,
+            attention.o,
+            self._h,
+            num_rows,
+            is_residual=True,
+            before=state.before if can_skip else None,
+            parts=self._parts,
+        )
