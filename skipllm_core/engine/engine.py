@@ -92,7 +92,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._seqs or self._in_flight)
+        return bool(self._seqs)  # without one, nobody waits for a step in flight
 
     def add(
         self,
