@@ -135,6 +135,11 @@ class Metrics:
         self._kv_cache_usage = Gauge(
             "skipllm_kv_cache_usage_ratio", "Share of KV cache blocks in use.", registry=registry
         )
+        self._host_seconds = Counter(
+            "skipllm_engine_host_seconds",
+            "Time the engine took to schedule and launch steps beside a GPU that computes.",
+            registry=registry,
+        )
         self._engine_up = Gauge(
             "skipllm_engine_up", "1 while the engine is ready.", registry=registry
         )
@@ -198,6 +203,7 @@ class Metrics:
 
     def observe_step(self, stats: StepStats) -> None:
         self._step_seconds[stats.kind].observe(stats.duration_s)
+        self._host_seconds.inc(stats.host_s)
         self._preemptions.inc(stats.num_preemptions)
         self._prefix_cache_queries.inc(stats.num_prefix_cache_queries)
         self._prefix_cache_hits.inc(stats.num_prefix_cache_hits)

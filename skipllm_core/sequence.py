@@ -32,6 +32,7 @@ class Sequence:
         prompt_ids: list[int],
         params: SamplingParams,
         arrival_s: float | None = None,
+        max_model_len: int | None = None,
     ) -> None:
         assert prompt_ids, "a prompt has at least one token"
         self.seq_id = seq_id
@@ -39,7 +40,14 @@ class Sequence:
         self.skip = params.skip
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(prompt_ids)
+        # Prompt and output can never be more than this; where it ends is known beforehand.
+        self.max_num_tokens = len(prompt_ids) + params.max_tokens
+        if max_model_len is not None:
+            self.max_num_tokens = min(self.max_num_tokens, max_model_len)
         self.num_computed_tokens = 0
+        # Output tokens that steps in flight are sampling: the device knows them, token_ids do not
+        # yet. They count as computed on, and stand behind the newest of token_ids.
+        self.num_pending_tokens = 0
         self.block_table: list[int] = []
         self.num_published_blocks = 0  # first ones of block_table that the prefix cache knows,
         self.content_id = 0  # and what it calls the content up to the last of them
@@ -66,8 +74,13 @@ class Sequence:
     @property
     def is_prefilled(self) -> bool:
         """Whether the next step of this sequence is a decode step."""
-        num_tokens = len(self.token_ids)
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
         return num_tokens > self.num_prompt_tokens and self.num_computed_tokens == num_tokens - 1
+
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether the steps in flight sample its last token, whatever that will be."""
+        return len(self.token_ids) + self.num_pending_tokens >= self.max_num_tokens
 
     @property
     def is_warming_up(self) -> bool:

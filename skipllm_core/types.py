@@ -100,6 +100,7 @@ class StepStats:
     num_waiting: int
     num_kv_blocks_used: int
     num_kv_blocks: int
+    host_s: float = 0.0  # from scheduling to launched, where the device computes meanwhile
     num_prompt_tokens: int = 0  # computed by this step (recomputed ones included)
     num_generated_tokens: int = 0
     num_preemptions: int = 0

@@ -36,9 +36,20 @@ logger = logging.getLogger(__name__)
 def build_engine(config: EngineConfig) -> Engine:
     """The engine of a real model; raises ConfigError for a model that cannot be served."""
     # Here, and not above: the client imports this module and must stay free of torch.
-    from skipllm_core.runner.model_runner import TorchModelRunner
+    from skipllm_core.runner.model_runner import TorchModelRunner, resolve_device
 
-    runner = TorchModelRunner(config)
+    runner: TorchModelRunner | None = None
+    if not config.enforce_eager and resolve_device(config.device).type == "cuda":
+        try:
+            from skipllm_core.runner.gpu_runner import GpuModelRunner
+
+            kernels = importlib.import_module("skipllm_core.kernels.gpu.decoder")
+        except ImportError as error:
+            logger.warning("decoding with torch alone, slower: no GPU kernels (%s)", error)
+        else:
+            runner = GpuModelRunner(config, kernels.GpuDecoder)
+    if runner is None:
+        runner = TorchModelRunner(config)
     return Engine(runner, config, runner.max_model_len)
 
 

@@ -26,6 +26,7 @@ DESIGN = [
     "prefix_cache_hits_total",
     "preemptions_total",
     "engine_up",
+    "engine_host_seconds_total",
     "engine_step_seconds",
     "build_info",
 ]

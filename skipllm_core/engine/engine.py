@@ -1,19 +1,26 @@
-"""The engine: schedule, run, update. One step at a time, in whoever's thread calls it."""
+"""The engine: schedule, run, update, in whoever's thread calls it."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.block_manager import BlockManager, max_cached_tokens
-from skipllm_core.engine.runner import Batch, ModelRunner, RowResult, StepResult
+from skipllm_core.engine.in_flight import StepInFlight, launch
+from skipllm_core.engine.runner import (
+    Batch,
+    LateModelRunner,
+    ModelRunner,
+    RowResult,
+    StepResult,
+)
 from skipllm_core.engine.scheduler import Scheduler
 from skipllm_core.errors import ConfigError
-from skipllm_core.sequence import Sequence
+from skipllm_core.sequence import SeqStatus, Sequence
 from skipllm_core.types import (
     EngineInfo,
     FinishReason,
@@ -64,6 +71,9 @@ class Engine:
             num_parameters=runner.num_parameters,
         )
         self._runner = runner
+        self._in_flight: deque[StepInFlight] = deque()
+        self._max_in_flight = 2 if isinstance(runner, LateModelRunner) else 1
+        self._last_end_s = -float("inf")
         self._clock = clock
         self._blocks = BlockManager(
             runner.num_kv_blocks,
@@ -82,7 +92,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._seqs)
+        return bool(self._seqs)  # without one, nobody waits for a step in flight
 
     def add(
         self,
@@ -100,7 +110,9 @@ class Engine:
         assert self._blocks.num_blocks_for(most) <= self._blocks.num_blocks
         if arrival_s is None:
             arrival_s = self._clock()
-        seq = self._seqs[seq_id] = Sequence(seq_id, prompt_ids, params, arrival_s)
+        seq = self._seqs[seq_id] = Sequence(
+            seq_id, prompt_ids, params, arrival_s, self.info.max_model_len
+        )
         self._scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -114,20 +126,64 @@ class Engine:
         If the forward raises, the sequences of its batch end with "error" and the rest go on; the
         exception passes when MAX_CONSECUTIVE_FAILURES steps of one kind fail in a row.
         """
-        start_s = self._clock()
-        batch = self._scheduler.schedule()
-        if batch is None:
-            return None
-        result = self._run(batch)
+        while True:
+            while self._may_launch and (step := self._launch()) is not None:
+                self._in_flight.append(step)
+            if not self._in_flight:
+                return None
+            step = self._in_flight.popleft()
+            if not step.is_dropped:
+                break
+        result = self._read(step)
+        # Rows that ended in flight were computed in vain, and count for nothing.
+        rows = [
+            (row, row_result)
+            for row, row_result in zip(step.batch.rows, result.rows, strict=True)
+            if row.seq.status is not SeqStatus.FINISHED
+        ]
+        batch = Batch(step.batch.kind, tuple(row for row, _ in rows))
+        result = replace(result, rows=tuple(row_result for _, row_result in rows))
         outputs = self._update(batch, result)
+        end_s = self._clock()
+        duration_s = end_s - max(step.start_s, self._last_end_s)
+        self._last_end_s = end_s
         return StepOutput(
-            outputs=outputs,
-            stats=self._stats(batch, result, outputs, self._clock() - start_s),
+            outputs=outputs, stats=self._stats(step, batch, result, outputs, duration_s)
         )
 
-    def _run(self, batch: Batch) -> StepResult:
+    @property
+    def _may_launch(self) -> bool:
+        return len(self._in_flight) < self._max_in_flight and not any(
+            step.batch.kind == "prefill" for step in self._in_flight
+        )
+
+    def _launch(self) -> StepInFlight | None:
+        """Launches the next step and moves its sequences on; for a runner that does not read late,
+        the step is computed here."""
+        start_s = self._clock()
+        scheduler = self._scheduler
+        batch = scheduler.schedule()
+        if batch is None:
+            return None
+        read = launch(self._runner, batch)
+        is_sampled = [row.samples for row in batch.rows]
+        for row, samples in zip(batch.rows, is_sampled, strict=True):
+            row.seq.num_computed_tokens += row.num_tokens
+            row.seq.num_pending_tokens += samples
+        return StepInFlight(
+            batch,
+            read,
+            start_s,
+            self._clock() - start_s,
+            scheduler.num_preemptions,
+            scheduler.num_prefix_cache_queries,
+            scheduler.num_prefix_cache_hits,
+        )
+
+    def _read(self, step: StepInFlight) -> StepResult:
+        batch = step.batch
         try:
-            result = self._runner.run(batch)
+            result = step.read()
         except Exception:
             self._num_failures[batch.kind] += 1
             if self._num_failures[batch.kind] == MAX_CONSECUTIVE_FAILURES:
@@ -145,13 +201,13 @@ class Engine:
                 self._blocks.withdraw(seq)
                 outputs.append(self._end(seq, "error", error=row_result.error))
                 continue
-            seq.num_computed_tokens += row.num_tokens
             if batch.kind == "decode":
                 seq.num_decode_steps += 1
                 seq.num_skipped_ffn_blocks += len(row_result.skipped_layers)
             else:
                 self._blocks.publish(seq)
             if row_result.token_id is not None:
+                seq.num_pending_tokens -= 1
                 outputs.append(self._extend(seq, row_result))
         return tuple(outputs)
 
@@ -174,7 +230,7 @@ class Engine:
         # The sampler does not let a stop token come before `min_tokens` others.
         if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
             return self._end(seq, "stop", output, stop_token_id=token_id)
-        if num_output_tokens == params.max_tokens or seq.num_tokens == self.info.max_model_len:
+        if seq.num_tokens == seq.max_num_tokens:
             return self._end(seq, "length", output)
         return output
 
@@ -200,7 +256,12 @@ class Engine:
         )
 
     def _stats(
-        self, batch: Batch, result: StepResult, outputs: tuple[SeqOutput, ...], duration_s: float
+        self,
+        step: StepInFlight,
+        batch: Batch,
+        result: StepResult,
+        outputs: tuple[SeqOutput, ...],
+        duration_s: float,
     ) -> StepStats:
         num_done = num_prompt_tokens = 0
         num_skipped = [0] * self.info.num_layers  # rows, per layer
@@ -214,15 +275,16 @@ class Engine:
         return StepStats(
             kind=batch.kind,
             duration_s=duration_s,
+            host_s=step.host_s if self._max_in_flight > 1 else 0.0,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             num_kv_blocks_used=self._blocks.num_used,
             num_kv_blocks=self._blocks.num_blocks,
             num_prompt_tokens=0 if is_decode else num_prompt_tokens,
             num_generated_tokens=sum(len(output.token_ids) for output in outputs),
-            num_preemptions=self._scheduler.num_preemptions,
-            num_prefix_cache_queries=self._scheduler.num_prefix_cache_queries,
-            num_prefix_cache_hits=self._scheduler.num_prefix_cache_hits,
+            num_preemptions=step.num_preemptions,
+            num_prefix_cache_queries=step.num_prefix_cache_queries,
+            num_prefix_cache_hits=step.num_prefix_cache_hits,
             ffn_computed=tuple([num_done - rows for rows in num_skipped]) if is_decode else (),
             ffn_skipped=tuple(num_skipped) if is_decode else (),
             ffn_weight_reads=result.ffn_weight_reads,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from skipllm_core.sequence import Sequence
 from skipllm_core.types import StepKind, TokenLogprobs
@@ -19,7 +20,9 @@ class ScheduledSeq:
     @property
     def samples(self) -> bool:
         """Whether the step reaches the sequence's last token, so that a new one is sampled."""
-        return self.seq.num_computed_tokens + self.num_tokens == self.seq.num_tokens
+        seq = self.seq
+        end = seq.num_computed_tokens + self.num_tokens
+        return end == seq.num_tokens + seq.num_pending_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +66,17 @@ class ModelRunner(Protocol):
     min_prefill_tokens: int  # a prefill step of fewer takes hardly less time
 
     def run(self, batch: Batch) -> StepResult: ...
+
+
+@runtime_checkable
+class LateModelRunner(ModelRunner, Protocol):
+    """A runner whose steps take place on a device, in the order of their launches.
+
+    `launch` returns before the step is computed; what it returns waits for the results. Everything
+    that the step needs of the sequences is read before `launch` returns, as the engine moves them
+    on. A decode row may be launched while its input token is pending (`num_pending_tokens`): the
+    step takes it from the device, where the step before it, launched for the same sequence, left
+    it. Results that nobody waits for are dropped.
+    """
+
+    def launch(self, batch: Batch) -> Callable[[], StepResult]: ...

@@ -57,6 +57,7 @@ class Scheduler:
         self._min_prefill_tokens = min_prefill_tokens
         self._clock = clock
         self._last_kind: StepKind = "decode"
+        self._is_counted = False  # whether a batch bore the three numbers above
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -71,8 +72,11 @@ class Scheduler:
         seq.status = SeqStatus.FINISHED
 
     def schedule(self) -> Batch | None:
-        """The next step, with room in the block tables for it; None when there is no work."""
-        self.num_preemptions = self.num_prefix_cache_queries = self.num_prefix_cache_hits = 0
+        """The next step, with room in the block tables for it; None when there is no work, or none
+        before tokens in flight are read."""
+        if self._is_counted:
+            self.num_preemptions = self.num_prefix_cache_queries = self.num_prefix_cache_hits = 0
+        self._is_counted = False
         if not self.running and not self.waiting:
             return None
         batch = (
@@ -80,7 +84,11 @@ class Scheduler:
             if self._last_kind == "prefill"
             else self._prefill() or self._decode()
         )
-        assert batch is not None, "the oldest sequence can always go on"
+        if batch is None:
+            is_in_flight = any(seq.num_pending_tokens for seq in (*self.running, *self.waiting))
+            assert is_in_flight, "the oldest sequence can always go on"
+            return None
+        self._is_counted = True
         self._last_kind = batch.kind
         return batch
 
@@ -111,6 +119,8 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self._max_num_seqs:
             return None
         seq = self.waiting[0]
+        if seq.num_pending_tokens:  # preempted in flight: the token it waits for is kept
+            return None
         num_tokens = _num_left_to_prefill(seq)
         prefix = self.blocks.find_prefix(seq)
         # One block to spare for every running sequence: a newcomer that takes the last one would
@@ -139,15 +149,16 @@ class Scheduler:
         rows = [
             ScheduledSeq(seq, 1)
             for seq in self.running  # oldest first; making room may take the latest off the list
-            if seq.is_prefilled and self._make_room(seq)
+            if seq.is_prefilled and not seq.is_at_its_end and self._make_room(seq)
         ]
         return Batch("decode", tuple(rows)) if rows else None
 
     def _make_room(self, seq: Sequence) -> bool:
         """Lends the block for the newest token; False if the sequence itself had to give way."""
-        while num_missing := self.blocks.num_missing(seq, seq.num_tokens):
+        num_tokens = seq.num_computed_tokens + 1
+        while num_missing := self.blocks.num_missing(seq, num_tokens):
             if num_missing <= self.blocks.num_free:
-                self.blocks.grow(seq, seq.num_tokens)
+                self.blocks.grow(seq, num_tokens)
             elif self._preempt_latest() is seq:
                 return False
         return True

@@ -1,0 +1,104 @@
+"""Decode steps captured once as CUDA graphs, by number of rows, and replayed.
+
+A step is two graphs: the model's (`stock` when no row can skip, `skip` otherwise), and the
+sampler's by `SamplingKind`. All variants of a bucket read and write the same tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from skipllm_core.runner.device_sampler import DeviceSampler, SamplingKind
+
+logger = logging.getLogger(__name__)
+
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+Launch = Callable[[], None]
+Capture = Callable[[Launch], Launch]  # a launch -> what launches the same from now on
+
+
+class Decoder(Protocol):
+    """The model's part of a decode step over `DeviceRows`; see kernels/gpu."""
+
+    def step(self, num_rows: int, *, can_skip: bool) -> None: ...
+
+
+def buckets(max_num_rows: int) -> tuple[int, ...]:
+    """The numbers of rows that steps are padded to, ascending; the last one is max_num_rows."""
+    largest = _BUCKETS[-1]
+    above = range(2 * largest, max_num_rows, largest)
+    return (*(n for n in (*_BUCKETS, *above) if n < max_num_rows), max_num_rows)
+
+
+class DecodeGraphs:
+    """Every variant of the decode step, captured at construction.
+
+    `capture` is the seam: `direct` launches each time anew, `CudaCapture` records a graph. Rows
+    have to be padded (position -1) when this is made, as capturing runs the steps.
+    """
+
+    def __init__(
+        self, decoder: Decoder, sampler: DeviceSampler, max_num_rows: int, capture: Capture
+    ) -> None:
+        self.buckets = buckets(max_num_rows)
+        self._model: dict[tuple[int, bool], Launch] = {}
+        self._sampling: dict[tuple[int, SamplingKind], Launch] = {}
+        for num_rows in reversed(self.buckets):  # the largest first: the rest fit into its memory
+            start_s = time.monotonic()
+            used = _cuda_bytes(sampler.rows.device)
+            for can_skip in (False, True):
+                self._model[num_rows, can_skip] = capture(
+                    lambda n=num_rows, s=can_skip: decoder.step(n, can_skip=s)  # type: ignore[misc]
+                )
+            for kind in SamplingKind:
+                self._sampling[num_rows, kind] = capture(
+                    lambda n=num_rows, k=kind: sampler.step(n, k)  # type: ignore[misc]
+                )
+            logger.info(
+                "decode steps of %d rows captured in %.1f s, %.0f MiB",
+                num_rows,
+                time.monotonic() - start_s,
+                (_cuda_bytes(sampler.rows.device) - used) / 2**20,
+            )
+
+    def bucket(self, num_rows: int) -> int:
+        return next(n for n in self.buckets if n >= num_rows)
+
+    def launch(self, num_rows: int, *, can_skip: bool, kind: SamplingKind) -> None:
+        bucket = self.bucket(num_rows)
+        self._model[bucket, can_skip]()
+        self._sampling[bucket, kind]()
+
+
+def direct(launch: Launch) -> Launch:
+    """No graph: what is launched is launched anew each time."""
+    return launch
+
+
+class CudaCapture:
+    """Captures launches as CUDA graphs that share one memory pool; they never run side by side."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, launch: Launch) -> Launch:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            launch()  # compiles and tunes the kernels, which a capture must not
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            launch()
+        replay: Launch = graph.replay
+        return replay
+
+
+def _cuda_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

@@ -1,0 +1,49 @@
+"""What a GPU decoder has to do, by torch's operators: the contract of `DeviceRows`."""
+
+from __future__ import annotations
+
+from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
+from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.llama import LlamaModel
+from skipllm_core.runner.decode import decode_step
+from skipllm_core.runner.kv_cache import KVCache
+from skipllm_core.skip.policy import gate_for
+from skipllm_core.types import SkipParams
+
+
+class ReferenceDecoder:
+    def __init__(self, model: LlamaModel, kv_cache: KVCache, rows: DeviceRows) -> None:
+        self.model, self.kv_cache, self.rows = model, kv_cache, rows
+        self.steps: list[tuple[int, bool]] = []
+
+    def step(self, num_rows: int, *, can_skip: bool) -> None:
+        rows = self.rows
+        self.steps.append((num_rows, can_skip))
+        real = [row for row in range(num_rows) if rows.positions[row] >= 0]
+        rows.logits[:num_rows] = float("nan")
+        rows.skipped[:num_rows] = 0
+        rows.num_needed[:] = 0
+        if not real:
+            return
+        gate = gate_for([self._skip(row) if can_skip else None for row in real])
+        context = [
+            ContextRow(int(rows.positions[row]), 1, rows.block_tables[row].tolist()) for row in real
+        ]
+        ctx = self.model.context(context, self.kv_cache)
+        rows.logits[real] = decode_step(self.model, rows.token_ids[real].long(), ctx, gate)
+        rows.num_needed[:] = len(real)
+        for row, layers in zip(real, gate.skipped_layers, strict=True):
+            rows.skipped[row, list(layers)] = 1
+            rows.num_needed[list(layers)] -= 1
+
+    def _skip(self, row: int) -> SkipParams | None:
+        rows = self.rows
+        if rows.policies[row] == RowPolicy.NEVER or rows.positions[row] < rows.skip_from[row]:
+            return None
+        return SkipParams(
+            policy="ffn_skip",
+            threshold=float(rows.thresholds[row]),
+            cold_start=int(rows.cold_starts[row]),
+            cold_end=int(rows.cold_ends[row]),
+            max_skips=int(rows.max_skips[row]),
+        )

@@ -1,0 +1,186 @@
+"""The bookkeeping of decode steps on the device, without one: graphs are direct calls."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skipllm_core.engine.runner import LateModelRunner
+from skipllm_core.errors import ConfigError
+from skipllm_core.runner.gpu_runner import GpuModelRunner
+from skipllm_core.runner.graphs import Launch, buckets, direct
+from skipllm_core.runner.model_runner import TorchModelRunner
+from skipllm_core.runner.slots import Slots
+from skipllm_core.sequence import Sequence
+from skipllm_core.types import SamplingParams, SkipParams
+from tests.runner.reference_decoder import ReferenceDecoder
+from tests.runner.tiny import BLOCK_BYTES, engine_config, generate, skipped, text, write_config
+
+SKIPS = [
+    SkipParams(),
+    SkipParams(policy="ffn_skip", threshold=-1.0, warmup_tokens=3, cold_start=1, cold_end=5),
+    SkipParams(policy="ffn_skip", threshold=0.9, warmup_tokens=0, cold_start=0, cold_end=6),
+    SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=1, cold_end=6, max_skips=2),
+]
+
+
+def requests(num_requests: int) -> list[tuple[list[int], SamplingParams]]:
+    rng = random.Random(0)
+    return [
+        (
+            [rng.randrange(3, 96) for _ in range(rng.randint(1, 30))],
+            SamplingParams(
+                max_tokens=rng.randint(1, 40),
+                temperature=0.0,
+                repetition_penalty=rng.choice([1.0, 1.3]),
+                logprobs=rng.choice([None, None, 2]),
+                stop_token_ids=(2, 50),
+                skip=replace(SKIPS[i % 4], trace=True),
+            ),
+        )
+        for i in range(num_requests)
+    ]
+
+
+@pytest.mark.parametrize("num_blocks", [100, 6])
+def test_texts_and_skipped_layers_equal_the_eager_runners(tmp_path: Path, num_blocks: int) -> None:
+    config = engine_config(
+        write_config(tmp_path),
+        enforce_eager=True,
+        max_num_seqs=6,
+        max_model_len=80,
+        kv_cache_memory_bytes=num_blocks * BLOCK_BYTES,
+    )
+    runner = GpuModelRunner(config, ReferenceDecoder, lambda: direct)
+    assert isinstance(runner, LateModelRunner)
+    found = generate(runner, config, requests(16))
+    expected = generate(TorchModelRunner(config), config, requests(16))
+    for left, right in zip(found, expected, strict=True):
+        assert text(left) == text(right)
+        assert skipped(left) == skipped(right)
+        assert left[-1].finish_reason == right[-1].finish_reason
+        for mine, theirs in zip(left, right, strict=True):
+            for a, b in zip(mine.logprobs, theirs.logprobs, strict=True):
+                assert a.top_ids == b.top_ids
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    if num_blocks == 6:
+        assert sum(outputs[-1].num_preemptions for outputs in found) > 0
+    assert any(layers for outputs in found for layers in skipped(outputs))
+
+
+def test_a_seeded_text_is_the_same_alone_in_a_batch_and_when_preempted(tmp_path: Path) -> None:
+    def serve(num_requests: int, num_blocks: int) -> list[list[int]]:
+        config = engine_config(
+            write_config(tmp_path),
+            enforce_eager=True,
+            max_model_len=80,
+            kv_cache_memory_bytes=num_blocks * BLOCK_BYTES,
+        )
+        runner = GpuModelRunner(config, ReferenceDecoder, lambda: direct)
+        params = SamplingParams(max_tokens=50, temperature=2.0, seed=11)
+        wanted = [([7 + i, 8], params) for i in range(num_requests)]
+        return [text(outputs) for outputs in generate(runner, config, wanted)]
+
+    alone = serve(1, 40)[0]
+    assert serve(6, 40)[0] == alone
+    assert serve(6, 8) == serve(6, 40)
+
+
+def test_steps_without_a_row_that_can_skip_are_stock_ones_and_padded_to_a_bucket(
+    tmp_path: Path,
+) -> None:
+    config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=8)
+    decoders: list[ReferenceDecoder] = []
+
+    def make(*parts: object) -> ReferenceDecoder:
+        decoders.append(ReferenceDecoder(*parts))  # type: ignore[arg-type]
+        return decoders[-1]
+
+    runner = GpuModelRunner(config, make, lambda: direct)
+    params = SamplingParams(max_tokens=6, temperature=0.0, skip=replace(SKIPS[1], trace=True))
+    outputs = generate(runner, config, [([5 + i], params) for i in range(3)])
+    assert {num_rows for num_rows, _ in decoders[0].steps} == {4}
+    assert [can_skip for _, can_skip in decoders[0].steps] == [False] * 2 + [True] * 3
+    assert all(layers for out in outputs for layers in skipped(out)[3:])
+
+
+def test_every_variant_is_captured_before_the_first_request(tmp_path: Path) -> None:
+    captured: list[Launch] = []
+
+    def capture(launch: Launch) -> Launch:
+        captured.append(launch)
+        launch()  # as a capture does: on padded rows
+        return launch
+
+    config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=4)
+    runner = GpuModelRunner(config, ReferenceDecoder, lambda: capture)
+    assert len(captured) == 3 * (2 + 3)
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    assert len(text(generate(runner, config, [([5], params)])[0])) == 4
+    assert len(captured) == 3 * (2 + 3)
+
+
+def test_memory_that_runs_out_is_told_with_what_to_lower(tmp_path: Path) -> None:
+    def make(*parts: object) -> ReferenceDecoder:
+        raise torch.OutOfMemoryError("tried to allocate 7 GiB\nmore")
+
+    config = engine_config(write_config(tmp_path), enforce_eager=True)
+    with pytest.raises(ConfigError, match=r"--max-num-seqs \(8\).*7 GiB$"):
+        GpuModelRunner(config, make, lambda: direct)
+
+
+def test_a_launch_that_fails_leaves_no_row_behind(tmp_path: Path) -> None:
+    config = engine_config(write_config(tmp_path), enforce_eager=True)
+    runner = GpuModelRunner(config, ReferenceDecoder, lambda: direct)
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    wanted = [([5 + i], params) for i in range(5)]
+    expected = [text(outputs) for outputs in generate(runner, config, wanted)]
+    launch, num_launches = runner.graphs.launch, 0
+
+    def fail_once(num_rows: int, **variant: Any) -> None:
+        nonlocal num_launches
+        num_launches += 1
+        if num_launches == 4:
+            raise RuntimeError("out of luck")
+        launch(num_rows, **variant)
+
+    runner.graphs.launch = fail_once  # type: ignore[method-assign]
+    failed = generate(runner, config, wanted)
+    assert [outputs[-1].finish_reason for outputs in failed] == ["error"] * 5
+    one = [text(outputs) for outputs in generate(runner, config, wanted[:1])]
+    assert one == expected[:1]
+    assert int((runner.rows.positions >= 0).sum()) == 1
+    assert [text(outputs) for outputs in generate(runner, config, wanted)] == expected
+
+
+def test_buckets_end_at_the_largest_batch() -> None:
+    assert buckets(64) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    assert buckets(5) == (1, 2, 4, 5)
+    assert buckets(1) == (1,)
+    assert buckets(200)[-3:] == (128, 192, 200)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slots_stay_dense_and_a_state_follows_its_sequence(seed: int) -> None:
+    rng = random.Random(seed)
+    slots = Slots()
+    device: dict[int, Sequence] = {}
+    pool = [Sequence(i, [1], SamplingParams(max_tokens=1)) for i in range(12)]
+    for _ in range(60):
+        seqs = rng.sample(pool, rng.randint(1, 8))
+        before = {id(seq) for seq in device.values()}
+        changes = slots.change(seqs)
+        for source, slot in changes.moved:
+            device[slot] = device.pop(source)
+        for slot, seq in changes.new:
+            assert id(seq) not in before
+            device[slot] = seq
+        if changes.is_padding_stale:
+            device = {slot: seq for slot, seq in device.items() if slot < len(seqs)}
+        assert sorted(device) == list(range(len(seqs)))
+        assert all(device[s] is q for s, q in zip(slots.slot_of(seqs), seqs, strict=True))
