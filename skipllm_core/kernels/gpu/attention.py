@@ -153,13 +153,14 @@ def _merge(
     place = (row * NUM_HEADS + head) * MAX_SPLITS + split
     maxima = tl.load(maxima_ptr + place, mask=has_any, other=float("-inf"))
     sums = tl.load(sums_ptr + place, mask=has_any, other=0.0)
-    factors = tl.where(has_any, tl.exp(maxima - tl.max(maxima, 0)), 0.0)
+    peak = tl.where(position >= 0, tl.max(maxima, 0), 0.0)  # a padded row has no split
+    factors = tl.where(has_any, tl.exp(maxima - peak), 0.0)
     d = tl.arange(0, D_PAD)
     at = place[:, None] * D + d[None, :]
     parts = tl.load(partial_ptr + at, mask=has_any[:, None] & (d < D)[None, :], other=0.0)
     mixed = tl.sum(parts * factors[:, None], 0)
     total = tl.sum(sums * factors, 0)
-    out = mixed / tl.where(total > 0.0, total, 1.0)  # a padded row has none
+    out = mixed / tl.where(position >= 0, total, 1.0)
     out_at = out_ptr + (row * NUM_HEADS + head) * D + d
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 

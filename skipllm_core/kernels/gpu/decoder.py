@@ -20,7 +20,7 @@ import triton.language as tl
 
 from skipllm_core.kernels.gpu.attention import AttentionScratch, attend
 from skipllm_core.kernels.gpu.gate import GateState, decide_together, tell
-from skipllm_core.kernels.gpu.linear import gate_up, linear, parts_for
+from skipllm_core.kernels.gpu.linear import Tiles, gate_up, linear, parts_for, tile_for
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.llama import Block, LlamaModel
 from skipllm_core.runner.kv_cache import KVCache
@@ -42,17 +42,24 @@ class GpuDecoder:
     """Decode steps over `rows`, for a model and cache on a CUDA device.
 
     (Or on the CPU, in Triton's interpreter.) `consensus`: rows skip together, see
-    skip/consensus.py, with the numbers of `rows.consensus`.
+    skip/consensus.py, with the numbers of `rows.consensus`. `tiles`: how linears are cut.
     """
 
     def __init__(
-        self, model: LlamaModel, kv_cache: KVCache, rows: DeviceRows, *, consensus: bool = False
+        self,
+        model: LlamaModel,
+        kv_cache: KVCache,
+        rows: DeviceRows,
+        *,
+        consensus: bool = False,
+        tiles: Tiles = tile_for,
     ) -> None:
         config, device = model.config, rows.device
         self._model = model
         self._cache = kv_cache
         self._rows = rows
         self._consensus = consensus
+        self._tiles = tiles
         dtype = model.embedding.dtype
 
         def buffer(width: int) -> torch.Tensor:
@@ -90,7 +97,13 @@ class GpuDecoder:
             self._attend(layer, layer_block, num_rows, can_skip)
             run = self._state.runs[layer] if can_skip else None
             gate_up(
-                self._h, layer_block.norm2, layer_block.ffn.gate_up, self._act, num_rows, run=run
+                self._h,
+                layer_block.norm2,
+                layer_block.ffn.gate_up,
+                self._act,
+                num_rows,
+                run=run,
+                tiles=self._tiles,
             )
             linear(
                 self._act,
@@ -100,8 +113,10 @@ class GpuDecoder:
                 is_residual=True,
                 run=run,
                 parts=self._parts,
+                tiles=self._tiles,
             )
-        linear(self._h, self._model.lm_head, rows.logits, num_rows, norm=self._model.norm)
+        head, norm = self._model.lm_head, self._model.norm
+        linear(self._h, head, rows.logits, num_rows, norm=norm, tiles=self._tiles)
         tell(rows, self._state, num_rows, can_skip=can_skip)
 
     def _attend(self, layer: int, block: Block, num_rows: int, can_skip: bool) -> None:
@@ -114,6 +129,7 @@ class GpuDecoder:
             norm=block.norm1,
             decides=(rows, state, layer) if can_skip else None,
             consensus=self._consensus,
+            tiles=self._tiles,
         )
         if can_skip and self._consensus:
             decide_together(rows, state, layer, num_rows)
@@ -137,4 +153,5 @@ class GpuDecoder:
             is_residual=True,
             before=state.before if can_skip else None,
             parts=self._parts,
+            tiles=self._tiles,
         )

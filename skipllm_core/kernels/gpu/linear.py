@@ -9,6 +9,7 @@ kernel whose rows all skip has nothing to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
 
+
+Tiles = Callable[[int, int, int], Tile]  # of num_rows, num_outputs, num_inputs
 
 NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: enough loads in flight
 
@@ -73,7 +76,7 @@ def linear(
     parts: Tensor | None = None,
     decides: tuple[DeviceRows, GateState, int] | None = None,
     consensus: bool = False,
-    tile: Tile | None = None,
+    tiles: Tiles = tile_for,
 ) -> None:
     """out[:num_rows] = x W^T, or += with `is_residual`; see the module.
 
@@ -83,7 +86,7 @@ def linear(
     `decides` (rows, state, layer): the gate's part for this layer is done along the way.
     """
     num_outputs, num_inputs = weights.weight.shape
-    tile = tile or tile_for(num_rows, num_outputs, num_inputs)
+    tile = tiles(num_rows, num_outputs, num_inputs)
     splits = tile.splits
     if norm is not None or parts is None or splits * num_rows * num_outputs > parts.numel():
         splits = 1
@@ -161,13 +164,13 @@ def gate_up(
     num_rows: int,
     *,
     run: Tensor | None = None,
-    tile: Tile | None = None,
+    tiles: Tiles = tile_for,
 ) -> None:
     """act[:num_rows] = silu(W_gate norm(h)) * W_up norm(h); h [max_num_rows, hidden], act
     [max_num_rows, inner]. `run` as for `linear`: where no row runs, `act` stays as it is."""
     num_outputs, hidden = weights.weight.shape
     inner = num_outputs // 2
-    tile = tile or tile_for(num_rows, inner, hidden)
+    tile = tiles(num_rows, inner, hidden)
     gate_up_kernel[(triton.cdiv(inner, tile.block_n),)](
         h,
         norm.weight,

@@ -66,8 +66,9 @@ def dot_tile(
         at = m[:, None] * K + k[None, :]
         x = tl.load(x_ptr + at, mask=is_row[:, None] & is_input[None, :], other=0.0)
         if HAS_NORM:
-            normed = (x.to(tl.float32) * factors[:, None]).to(x.dtype)
-            x = normed * tl.load(norm_ptr + k, mask=is_input, other=0.0)[None, :]
+            normed = (x.to(tl.float32) * factors[:, None]).to(x.dtype).to(tl.float32)
+            weight = tl.load(norm_ptr + k, mask=is_input, other=0.0).to(tl.float32)
+            x = (normed * weight[None, :]).to(x.dtype)
         w = tl.load(
             w_ptr + n[None, :] * K + k[:, None],
             mask=is_output[None, :] & is_input[:, None],
@@ -113,7 +114,8 @@ def _finish(
     mask = keep[:, None] & is_output[None, :]
     values = sums.to(out_ptr.dtype.element_ty)
     if IS_RESIDUAL:
-        values = tl.load(out_ptr + at, mask=mask, other=0.0) + values
+        old = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        values = (old + values.to(tl.float32)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, values, mask=mask)
     if HAS_BEFORE:
         tl.store(before_ptr + at, values, mask=mask)
@@ -221,6 +223,7 @@ def gate_up_kernel(
         up += tl.load(bias_ptr + inner + n, mask=is_output, other=0.0).to(tl.float32)[None, :]
     dtype = out_ptr.dtype.element_ty
     gate = gate.to(dtype).to(tl.float32)
-    act = (gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    act = (silu * up.to(dtype).to(tl.float32)).to(dtype)
     mask = is_row[:, None] & is_output[None, :]
     tl.store(out_ptr + m[:, None] * inner + n[None, :], act, mask=mask)

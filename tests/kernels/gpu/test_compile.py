@@ -1,0 +1,84 @@
+"""Without a GPU the kernels are at least compiled for one: Triton's own compiler and assembler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from skipllm_core.kernels.gpu.decoder import GpuDecoder
+from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.model.loader import load_model
+from skipllm_core.runner.kv_cache import KVCache
+
+
+class Hopper:  # what the compiler asks of a driver
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+
+driver.set_active(Hopper())
+compiled = {}
+
+
+def compile_instead(kernel, grid):
+    def launch(*args, **kwargs):
+        compiled[kernel.__name__] = kernel.warmup(*args, grid=grid, **kwargs).asm["cubin"]
+    return launch
+
+
+JITFunction.__getitem__ = compile_instead
+cpu = torch.device("cpu")
+model = load_model(Path(sys.argv[1]), device=cpu, dtype=torch.bfloat16, load_format="dummy")
+cache = KVCache(model.config, num_blocks=32, block_size=16, dtype=torch.bfloat16, device=cpu)
+rows = DeviceRows(
+    max_num_rows=64, max_blocks=16, num_layers=model.config.num_layers, vocab_size=512, device=cpu
+)
+for num_rows in (1, 64):
+    GpuDecoder(model, cache, rows).step(num_rows, can_skip=False)
+    GpuDecoder(model, cache, rows, consensus=True).step(num_rows, can_skip=True)
+    GpuDecoder(model, cache, rows).step(num_rows, can_skip=True)
+assert all(compiled.values())
+print(*sorted(compiled))
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_of_a_step_compiles_for_hopper(tmp_path: Path) -> None:
+    from tests.runner.tiny import write_config
+
+    write_config(tmp_path, hidden_size=256, intermediate_size=4096, num_hidden_layers=2)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == [
+        "_attend",
+        "_decide_together",
+        "_embed",
+        "_merge",
+        "_tell",
+        "_tell_stock",
+        "add_parts_kernel",
+        "gate_up_kernel",
+        "linear_kernel",
+    ]
