@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from skipllm_core.config import Device, DType, EngineConfig, LoadFormat, Quantization
+from skipllm_core.config import Consensus, Device, DType, EngineConfig, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.skip.profile import SkipDefaults, SkipProfile, resolve_skip
 from skipllm_core.types import SkipPolicyName
@@ -155,11 +155,26 @@ class Settings(BaseModel):
         "Skipping", None, "FFN blocks that one token may skip at most; by default, any number.",
         ge=0,
     )  # fmt: skip
-    skip_batch: Literal["row_exact"] = _setting(
+    skip_batch: Literal["row_exact", "consensus"] = _setting(
         "Skipping",
         "row_exact",
         "What rows of a batch that disagree do; row_exact: each skips by itself, so that no "
-        "answer depends on its batch mates.",
+        "answer depends on its batch mates; consensus: they skip together, which saves more weight "
+        "reads, and answers depend on their batch mates.",
+    )
+    consensus_share: float = _setting(
+        "Skipping",
+        0.5,
+        "consensus: share of the rows that have to reach their thresholds.",
+        ge=0,
+        le=1,
+    )
+    consensus_slack: float = _setting(
+        "Skipping",
+        0.01,
+        "consensus: how far below its threshold no row may be.",
+        ge=0,
+        le=2,
     )
 
     host: str = _setting("Server", "127.0.0.1", "Address to listen on; 0.0.0.0: every interface.")
@@ -204,6 +219,9 @@ class Settings(BaseModel):
             enable_prefix_caching=self.enable_prefix_caching,
             kv_cache_memory_bytes=None if memory is None else int(memory),
             gpu_memory_utilization=self.gpu_memory_utilization,
+            consensus=Consensus(share=self.consensus_share, slack=self.consensus_slack)
+            if self.skip_batch == "consensus"
+            else None,
             num_threads=self.num_threads,
             seed=self.seed,
             max_num_queued_reqs=self.max_num_queued_reqs,

@@ -13,6 +13,14 @@ Quantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Consensus:
+    """Rows of a decode step skip together: phi and delta of skip/consensus.py."""
+
+    share: float = 0.5
+    slack: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything the worker process needs to build its engine.
 
@@ -34,6 +42,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory, weights included (CUDA only)
     enforce_eager: bool = False  # torch's own operators only
+    consensus: Consensus | None = None  # None: each row skips by itself (row_exact)
     num_threads: int | None = None  # CPU: threads of the worker; None: all usable cores
     seed: int = 0  # of dummy weights
     max_num_queued_reqs: int = 256

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -47,7 +48,8 @@ def build_engine(config: EngineConfig) -> Engine:
         except ImportError as error:
             logger.warning("decoding with torch alone, slower: no GPU kernels (%s)", error)
         else:
-            runner = GpuModelRunner(config, kernels.GpuDecoder)
+            is_joint = config.consensus is not None
+            runner = GpuModelRunner(config, partial(kernels.GpuDecoder, consensus=is_joint))
     if runner is None:
         runner = TorchModelRunner(config)
     return Engine(runner, config, runner.max_model_len)

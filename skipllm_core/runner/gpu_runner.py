@@ -51,6 +51,9 @@ class GpuModelRunner(TorchModelRunner):
                 vocab_size=self.vocab_size,
                 device=self._device,
             )
+            if config.consensus is not None:
+                numbers = [config.consensus.share, config.consensus.slack]
+                self.rows.consensus.copy_(torch.tensor(numbers))
             self.sampler = DeviceSampler(self.rows)
             decoder = make_decoder(self.model, self.kv_cache, self.rows)
             self.graphs = DecodeGraphs(decoder, self.sampler, config.max_num_seqs, make_capture())

@@ -21,6 +21,7 @@ from skipllm_core.runner.decode import cpu_step, decode_step, gated_forward
 from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.runner.memory import cpu_budget_bytes, cuda_budget_bytes
 from skipllm_core.runner.sampler import sample
+from skipllm_core.skip.consensus import ConsensusGate
 from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoided, skip_at
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class TorchModelRunner:
         self.num_parameters = self.model.num_parameters
         self.block_size = config.block_size
         self._device = device
+        self._consensus = config.consensus
         self._dtype = dtype
         self.max_model_len, self.num_kv_blocks = self._cache_size(config)
         self.kv_cache = self._new_cache(self.num_kv_blocks)
@@ -74,13 +76,7 @@ class TorchModelRunner:
         A row of the gate is a token. Output tokens that a preemption made part of a prefill are
         decoded again under the rule they were decoded under: their K and V come out the same.
         """
-        gate = gate or gate_for(
-            [
-                skip_at(row.seq, position)
-                for row in batch.rows
-                for position in range(_start(row), _start(row) + row.num_tokens)
-            ]
-        )
+        gate = gate or self._gate(batch)
         logits = self.logits(batch.rows, gate)
         sampling = [row for row in batch.rows if row.samples]
         sampled = iter(sample(logits, [row.seq for row in sampling]) if sampling else ())
@@ -95,6 +91,17 @@ class TorchModelRunner:
             return StepResult(rows)
         avoided = num_weight_reads_avoided(gate)
         return StepResult(rows, self.num_layers - avoided, avoided)
+
+    def _gate(self, batch: Batch) -> SkipGate:
+        skips = [
+            skip_at(row.seq, position)
+            for row in batch.rows
+            for position in range(_start(row), _start(row) + row.num_tokens)
+        ]
+        # What a consensus decided depended on rows that are gone: a prefill cannot repeat it.
+        if self._consensus is not None and batch.kind == "decode" and any(skips):
+            return ConsensusGate(skips, share=self._consensus.share, slack=self._consensus.slack)
+        return gate_for(skips)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[ScheduledSeq], gate: SkipGate) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from skipllm_core.config import Consensus, EngineConfig
 from skipllm_core.engine.runner import LateModelRunner
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.gpu_runner import GpuModelRunner
@@ -17,7 +18,7 @@ from skipllm_core.runner.graphs import Launch, buckets, direct
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.runner.slots import Slots
 from skipllm_core.sequence import Sequence
-from skipllm_core.types import SamplingParams, SkipParams
+from skipllm_core.types import SamplingParams, SeqOutput, SkipParams
 from tests.runner.reference_decoder import ReferenceDecoder
 from tests.runner.tiny import BLOCK_BYTES, engine_config, generate, skipped, text, write_config
 
@@ -184,3 +185,46 @@ def test_slots_stay_dense_and_a_state_follows_its_sequence(seed: int) -> None:
             device = {slot: seq for slot, seq in device.items() if slot < len(seqs)}
         assert sorted(device) == list(range(len(seqs)))
         assert all(device[s] is q for s, q in zip(slots.slot_of(seqs), seqs, strict=True))
+
+
+def short_requests() -> list[tuple[list[int], SamplingParams]]:
+    """As `requests`, but the interpreter takes a second for a step."""
+    return [
+        (prompt[:6], replace(params, max_tokens=4 + n, skip=replace(params.skip, warmup_tokens=1)))
+        for n, (prompt, params) in enumerate(requests(4))
+    ]
+
+
+def serve_with_kernels(config: EngineConfig) -> list[list[SeqOutput]]:
+    """Through the engine and the Triton decoder, in its interpreter, large tiles and no graphs."""
+    kernels = pytest.importorskip("skipllm_core.kernels.gpu.decoder")
+    linear = pytest.importorskip("skipllm_core.kernels.gpu.linear")
+
+    def tiles(num_rows: int, num_outputs: int, num_inputs: int) -> Any:
+        return linear.Tile(block_n=128, block_k=64)
+
+    def make_decoder(*args: Any) -> Any:
+        return kernels.GpuDecoder(*args, consensus=config.consensus is not None, tiles=tiles)
+
+    runner = GpuModelRunner(config, make_decoder, lambda: direct)
+    return generate(runner, config, short_requests())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("consensus", [None, Consensus(share=0.5, slack=2.0)])
+def test_the_engine_over_the_kernels_says_and_skips_what_the_eager_runner_does(
+    tmp_path: Path, consensus: Consensus | None
+) -> None:
+    config = engine_config(
+        write_config(tmp_path),
+        enforce_eager=True,
+        max_num_seqs=3,
+        max_model_len=32,
+        kv_cache_memory_bytes=100 * BLOCK_BYTES,
+        consensus=consensus,
+    )
+    found = serve_with_kernels(config)
+    expected = generate(TorchModelRunner(config), config, short_requests())
+    assert list(map(text, found)) == list(map(text, expected))
+    assert list(map(skipped, found)) == list(map(skipped, expected))
+    assert any(layers for outputs in found for layers in skipped(outputs))

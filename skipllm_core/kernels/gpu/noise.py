@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 _BLOCK = 1024
 
@@ -21,8 +21,8 @@ def exponentials(out: torch.Tensor, seeds: torch.Tensor, indices: torch.Tensor) 
     _exponentials_kernel[grid](out, seeds, indices, vocab_size, out.stride(0), BLOCK=_BLOCK)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _exponentials_kernel(out, seeds, indices, vocab_size, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+@triton.jit
+def _exponentials_kernel(out, seeds, indices, vocab_size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     token_ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     zeros = token_ids * 0
