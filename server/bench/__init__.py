@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from server.bench.decode import decode, prefill
+from server.bench.gpu import gpu
 from server.bench.serve import serve
 from server.options import Command, told_in_one_line
 from server.settings import SettingsError
@@ -20,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-for command in (decode, prefill, serve):
+for command in (decode, gpu, prefill, serve):
     app.command(cls=Command)(command)
 
 

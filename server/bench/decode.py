@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Collection
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
+from server.bench.flags import Peer, check_surroundings, names, numbers
 from server.options import takes_settings, told_in_one_line
 from server.settings import (
     DEFAULT_SKIP_RATIO,
@@ -20,18 +18,9 @@ from server.settings import (
     load_settings,
 )
 from skipllm_core.bench.shapes import DEFAULT_SHAPE, SHAPE_NAMES
-from skipllm_core.errors import ConfigError
 
 _ENGINE = ("load_format", "dtype", "device", "quantization", "num_threads", "seed")
 _POLICIES = ("never", "ffn_skip", "forced")
-
-Number = TypeVar("Number", int, float)
-
-
-class Peer(StrEnum):
-    """What can take turns with the engine."""
-
-    TRANSFORMERS = "transformers"
 
 
 _Model = Annotated[
@@ -129,11 +118,11 @@ def decode(
     """Measure decode steps of the engine, against the memory bandwidth that bounds them."""
     with told_in_one_line():
         settings = _settings(model, shape, flags)
-        batches = _numbers("--batch", batch, int, least=1)
-        wanted = _names("--policies", policies, _POLICIES)
-        forced = None if forced_skip is None else _numbers("--forced-skip", forced_skip, int)
-        ratios = None if skip_ratio is None else _numbers("--skip-ratio", skip_ratio, float)
-        _check_surroundings(compare, plot, json_file)
+        batches = numbers("--batch", batch, int, least=1)
+        wanted = names("--policies", policies, _POLICIES)
+        forced = None if forced_skip is None else numbers("--forced-skip", forced_skip, int)
+        ratios = None if skip_ratio is None else numbers("--skip-ratio", skip_ratio, float)
+        check_surroundings(compare, plot, json_file)
         _settle_openmp(settings.num_threads)
 
         from server.bench.measuring import run_decode
@@ -174,8 +163,8 @@ def prefill(
     """Measure how long the engine takes over a prompt, up to the first token of the answer."""
     with told_in_one_line():
         settings = _settings(model, shape, flags)
-        lengths = _numbers("--tokens", tokens, int, least=1)
-        _check_surroundings(compare, None, json_file)
+        lengths = numbers("--tokens", tokens, int, least=1)
+        check_surroundings(compare, None, json_file)
         _settle_openmp(settings.num_threads)
 
         from server.bench.measuring import run_prefill
@@ -196,41 +185,6 @@ def _settings(model: str | None, shape: str | None, flags: dict[str, Any]) -> Se
     if shape is not None and model is not None:
         raise SettingsError("give a MODEL or --shape, not both")
     return load_settings({**flags, "model": model}, os.environ)
-
-
-def _numbers(flag: str, text: str, kind: type[Number], least: int = 0) -> list[Number]:
-    """`1,8` as the numbers it names, each once, in their order."""
-    try:
-        numbers = [kind(item) for item in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(least <= number <= 2**31 for number in numbers):  # nor NaN
-        what = "whole numbers" if kind is int else "numbers"
-        raise SettingsError(
-            f"{flag}: must be {what} of at least {least}, separated by commas, but got {text!r}"
-        )
-    return list(dict.fromkeys(numbers))
-
-
-def _names(flag: str, text: str, known: Collection[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise SettingsError(f"{flag}: must be of {', '.join(known)}, but got {name!r}")
-    return names
-
-
-def _check_surroundings(compare: Peer | None, plot: Path | None, json_file: Path | None) -> None:
-    """What is missing is better told now than after the measurement."""
-    needs = [("--compare", "transformers", compare), ("--plot", "matplotlib", plot)]
-    for flag, package, is_given in needs:
-        if is_given is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{flag} needs {package}: pip install 'skipllm[bench]'")
-    for path in (plot, json_file):
-        if path is not None and not path.parent.is_dir():
-            raise SettingsError(f"cannot write {path}: {path.parent} is not a directory")
-        if path is not None and path.is_dir():
-            raise SettingsError(f"cannot write {path}: it is a directory")
 
 
 def _settle_openmp(num_threads: int | None) -> None:

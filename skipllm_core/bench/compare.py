@@ -20,14 +20,22 @@ from skipllm_core.bench.bandwidth import synchronize
 class TransformersModel:
     """A checkpoint in transformers' own model, in eval mode."""
 
-    def __init__(self, model_dir: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model_dir: Path, *, dtype: torch.dtype, device: torch.device, is_dummy: bool = False
+    ) -> None:
+        """`is_dummy`: random weights of its own, config.json is enough."""
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
-        self._model = model.to(device)
-        for parameter in self._model.parameters():
-            # Into memory of its own, as ours are: pages mapped from a file are slower to read.
-            parameter.data = parameter.data.clone()
+        if is_dummy:
+            config = AutoConfig.from_pretrained(model_dir)
+            with torch.device(device):
+                self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
+        else:
+            model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+            self._model = model.to(device)
+            for parameter in self._model.parameters():
+                # Into memory of its own, as ours are: pages mapped from a file are slower to read.
+                parameter.data = parameter.data.clone()
         # The model's own would stop at its end of sequence, or sample.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, pad_token_id=0
@@ -37,12 +45,13 @@ class TransformersModel:
 
     @torch.inference_mode()
     def decode(
-        self, prompts: Sequence[list[int]], num_tokens: int
+        self, prompts: Sequence[list[int]], num_tokens: int, *, is_static: bool = False
     ) -> tuple[list[float], list[list[int]]]:
         """`generate` of exactly so many tokens, greedily, for prompts of one length.
 
         Returns the seconds of each of its num_tokens - 1 decode steps, from the logits of one
-        token to those of the next, and the tokens of every row.
+        token to those of the next, and the tokens of every row. `is_static`: with a static cache,
+        for which transformers compiles its forward on a GPU.
         """
         input_ids = torch.tensor(prompts, device=self.device)
         clock = _Clock(self.device)
@@ -51,6 +60,7 @@ class TransformersModel:
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=num_tokens,
             use_cache=True,
+            cache_implementation="static" if is_static else None,
             logits_processor=LogitsProcessorList([clock]),
         )
         tokens: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
