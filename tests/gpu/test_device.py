@@ -1,0 +1,95 @@
+"""On a CUDA device: TRITON_INTERPRET=0 python -m pytest -m gpu. (Never run so far.)"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipllm_core.config import EngineConfig
+from skipllm_core.engine.engine import Engine
+from skipllm_core.runner.model_runner import TorchModelRunner
+from skipllm_core.types import SamplingParams, SkipParams
+from skipllm_core.worker import build_engine
+from tests.runner.tiny import engine_config, skipped, text, write_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SKIP = SkipParams(
+    policy="ffn_skip", threshold=0.9, warmup_tokens=2, cold_start=1, cold_end=5, trace=True
+)
+
+
+def config_for(tmp_path: Path, **changes: object) -> EngineConfig:
+    write_config(tmp_path, hidden_size=256, intermediate_size=512, max_position_embeddings=2048)
+    settings = {"device": "cuda", "dtype": "float32", "kv_cache_memory_bytes": 2**28}
+    return engine_config(tmp_path, **{**settings, **changes})
+
+
+def answers(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    outputs = serve(engine, requests)
+    return list(map(text, outputs))
+
+
+def serve(engine: Engine, requests):  # type: ignore[no-untyped-def]
+    for seq_id, (prompt, params) in enumerate(requests):
+        engine.add(seq_id, prompt, params)
+    outputs = [[] for _ in requests]  # type: ignore[var-annotated]
+    while engine.has_work:
+        step = engine.step()
+        if step is not None:
+            for output in step.outputs:
+                outputs[output.seq_id].append(output)
+    return outputs
+
+
+def requests(max_tokens: int) -> list[tuple[list[int], SamplingParams]]:
+    return [
+        (
+            [5 + n, 9, 40 + n],
+            SamplingParams(
+                max_tokens=max_tokens, temperature=0.0, skip=SKIP if n % 2 else SkipParams()
+            ),
+        )
+        for n in range(5)
+    ]
+
+
+def test_graphs_say_what_torch_alone_says_for_a_thousand_steps(tmp_path: Path) -> None:
+    by_graphs = serve(build_engine(config_for(tmp_path)), requests(1000))
+    eager = build_engine(config_for(tmp_path, enforce_eager=True))
+    assert isinstance(eager._runner, TorchModelRunner)
+    by_torch = serve(eager, requests(1000))
+    # Rounding may flip a choice of random weights; what comes after one is another text.
+    for mine, theirs in zip(by_graphs, by_torch, strict=True):
+        pairs = list(zip(text(mine), text(theirs), strict=True))
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        assert same > 20
+        assert skipped(mine)[:same] == skipped(theirs)[:same]
+
+
+def test_a_second_run_of_the_same_graphs_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    engine = build_engine(config_for(tmp_path))
+    first = answers(engine, requests(200))
+    assert answers(engine, requests(200)) == first
+
+
+def test_drawn_tokens_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
+    engine = build_engine(config_for(tmp_path))
+    drawing = [
+        (prompt, SamplingParams(max_tokens=50, temperature=1.0, seed=n, top_k=20, top_p=0.9))
+        for n, (prompt, _) in enumerate(requests(50))
+    ]
+    together = answers(engine, drawing)
+    assert [answers(engine, [one])[0] for one in drawing] == together
+
+
+def test_bfloat16_and_8_bit_weights_serve(tmp_path: Path) -> None:
+    for changes in ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}):
+        found = answers(build_engine(config_for(tmp_path, **changes)), requests(30))
+        assert all(len(tokens) == 30 for tokens in found)
