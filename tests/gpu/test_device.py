@@ -49,13 +49,9 @@ def serve(engine: Engine, requests):  # type: ignore[no-untyped-def]
 
 
 def requests(max_tokens: int) -> list[tuple[list[int], SamplingParams]]:
+    greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     return [
-        (
-            [5 + n, 9, 40 + n],
-            SamplingParams(
-                max_tokens=max_tokens, temperature=0.0, skip=SKIP if n % 2 else SkipParams()
-            ),
-        )
+        ([5 + n, 9, 40 + n], replace(greedy, skip=SKIP if n % 2 else SkipParams()))
         for n in range(5)
     ]
 
