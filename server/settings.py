@@ -89,7 +89,7 @@ class Settings(BaseModel):
     quantization: Quantization = _setting(
         "Model",
         "none",
-        "none: weights in --dtype; int8: 8 bits, one scale per output (CPU only so far).",
+        "none: weights in --dtype; int8, fp8 (e4m3, CUDA): 8 bits, one scale per output.",
     )
     seed: int = _setting("Model", 0, "Seed of dummy weights.", ge=0, lt=2**63)
 

@@ -13,9 +13,11 @@ from skipllm_core.config import Quantization
 from skipllm_core.model.config import ModelConfig, RopeConfig
 
 INT8_MAX = 127
+FP8_MAX = 448.0  # of e4m3
 # Inputs of int8 weights have 12 bits: exact enough to cost nothing beside the weights' rounding,
 # and a sum of 8,192 products stays within 32 bits.
 INPUT_MAX = 2047
+QUANTIZED: dict[Quantization, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class Place(NamedTuple):
@@ -36,31 +38,37 @@ def weight(*shape: int, place: Place) -> nn.Parameter:
 class Linear(nn.Module):
     """x [..., in] -> x W^T + b [..., out].
 
-    With int8 weights W = scale * weight, one scale per output, and every row of x is rounded to
-    12 bits: x = max |x| / INPUT_MAX * integer. So kernels may multiply in integers, exactly.
+    With quantized weights W = scale * weight, one scale per output. With int8 on the CPU every row
+    of x is rounded to 12 bits: x = max |x| / INPUT_MAX * integer. So kernels may multiply in
+    integers, exactly. Elsewhere x stays as it is.
     """
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, place: Place) -> None:
         super().__init__()
-        is_int8 = place.quantization == "int8"
-        dtype = torch.int8 if is_int8 else place.dtype
+        is_quantized = place.quantization in QUANTIZED
+        dtype = QUANTIZED.get(place.quantization, place.dtype)
         self.weight = weight(out_size, in_size, place=place._replace(dtype=dtype))
         scale_place = place._replace(dtype=torch.float32)
-        self.scale = weight(out_size, place=scale_place) if is_int8 else None
+        self.scale = weight(out_size, place=scale_place) if is_quantized else None
         self.bias = weight(out_size, place=place) if bias else None
+        self.rounds_inputs = place.quantization == "int8" and place.device.type == "cpu"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return F.linear(x, self.weight, self.bias)
-        dequantized = (self.weight.float() * self.scale[:, None]).to(x.dtype)
-        return F.linear(_rounded_rows(x), dequantized, self.bias)
+        # 8 bits are exact in x's dtype; the product is rounded once, without a copy in float32.
+        dequantized = torch.empty_like(self.weight, dtype=x.dtype)
+        torch.mul(self.weight.to(x.dtype), self.scale[:, None], out=dequantized)
+        return F.linear(_rounded_rows(x) if self.rounds_inputs else x, dequantized, self.bias)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] as int8 [out, in] and float32 scales [out], symmetric, one per output."""
-    scale = (weight.abs().amax(dim=-1) / INT8_MAX).float()
-    rounded = (weight.float() / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]).round()
-    return rounded.to(torch.int8), scale
+def quantize(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """weight [out, in] in `dtype` (int8 or float8_e4m3fn) [out, in] and float32 scales [out],
+    symmetric, one per output."""
+    largest = INT8_MAX if dtype == torch.int8 else FP8_MAX
+    scale = (weight.abs().amax(dim=-1) / largest).float()
+    scaled = weight.float() / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
 def _rounded_rows(x: Tensor) -> Tensor:

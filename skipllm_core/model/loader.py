@@ -14,7 +14,7 @@ from skipllm_core.config import DType, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, UnsupportedModelError
 from skipllm_core.model.checkpoint import TensorInfo, read_tensors
 from skipllm_core.model.config import ModelConfig, load_model_config
-from skipllm_core.model.layers import Linear, Place, quantize
+from skipllm_core.model.layers import QUANTIZED, Linear, Place, quantize
 from skipllm_core.model.llama import LlamaModel
 
 _DTYPES = {
@@ -36,7 +36,7 @@ class _Target(NamedTuple):
         if self.scale is None:
             self.view.copy_(tensor)
             return
-        rounded, scale = quantize(tensor.to(self.view.device))
+        rounded, scale = quantize(tensor.to(self.view.device), self.view.dtype)
         self.view.copy_(rounded)
         self.scale.copy_(scale)
 
@@ -197,7 +197,7 @@ def _fill_at_random(model: LlamaModel, seed: int) -> None:
         elif not name.endswith("scale"):
             scale = (
                 model.get_parameter(f"{name.removesuffix('weight')}scale")
-                if (parameter.dtype == torch.int8)
+                if parameter.dtype in QUANTIZED.values()
                 else None
             )
             target = _target(parameter, scale)
@@ -207,6 +207,6 @@ def _fill_at_random(model: LlamaModel, seed: int) -> None:
 
 @torch.no_grad()
 def _tie_quantized_head(model: LlamaModel) -> None:
-    """A tied head in int8 is a copy: the embedding is looked up as it is."""
+    """A tied head in 8 bits is a copy: the embedding is looked up as it is."""
     if model.config.tie_word_embeddings and model.lm_head.scale is not None:
         _target(model.lm_head.weight, model.lm_head.scale).fill(model.embedding)

@@ -240,5 +240,5 @@ def _out_of_memory(config: EngineConfig, error: torch.OutOfMemoryError) -> str:
         "the GPU's memory does not suffice. Lower --max-model-len "
         f"({config.max_model_len or 'as the model was made for'}), --max-num-seqs "
         f"({config.max_num_seqs}) or --gpu-memory-utilization ({config.gpu_memory_utilization}), "
-        f"or use --quantization int8 where the device has it: {str(error).splitlines()[0]}"
+        f"or use --quantization int8: {str(error).splitlines()[0]}"
     )

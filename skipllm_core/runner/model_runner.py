@@ -43,8 +43,8 @@ class TorchModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         device = resolve_device(config.device)
-        if config.quantization == "int8" and device.type != "cpu":
-            raise ConfigError("--quantization int8 runs on the CPU only so far: add --device cpu")
+        if config.quantization == "fp8" and device.type != "cuda":
+            raise ConfigError("--quantization fp8 needs a CUDA device: on the CPU, use int8")
         dtype = resolve_dtype(load_model_config(config.model_dir), device, config.dtype)
         self.model = load_model(
             config.model_dir,

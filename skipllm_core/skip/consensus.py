@@ -19,6 +19,8 @@ from collections.abc import Collection, Sequence
 from skipllm_core.skip.policy import may_trigger
 from skipllm_core.types import SkipParams
 
+SHARE_ROUNDING = 1e-3  # 0.28 of 25 rows are 7, whatever the bits of 0.28 say, here and on a device
+
 
 class ConsensusGate:
     """A `SkipGate` under the rule above: `share` is phi, `slack` delta. `rows` bears each voter's
@@ -65,7 +67,8 @@ class ConsensusGate:
                 continue
             if similarities[row] >= skip.threshold:
                 self._triggered.add(row)
-            if similarities[row] < skip.threshold - self._slack:
+            if not similarities[row] >= skip.threshold - self._slack:  # so does what is no number
                 is_near = False
-        has_votes = len(self._triggered) >= self._share * len(self._voters)
+        wanted = self._share * len(self._voters) - SHARE_ROUNDING
+        has_votes = len(self._triggered) >= wanted
         self._is_reached = self._is_reached or (is_near and has_votes)

@@ -1,4 +1,4 @@
-"""int8 weights: one scale per output, and answers that hardly change."""
+"""Weights of 8 bits: one scale per output, and answers that hardly change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from skipllm_core.errors import ConfigError
 from skipllm_core.kernels import cpu
 from skipllm_core.model.layers import Linear, Place, quantize
 from skipllm_core.model.loader import load_model
-from skipllm_core.runner import model_runner
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.policy import NeverGate
@@ -130,11 +129,67 @@ def test_torch_and_the_kernels_agree_on_int8(tmp_path: Path) -> None:
     assert list(map(text, by_kernels)) == list(map(text, by_torch))
 
 
-def test_int8_is_for_the_cpu_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "resolve_device", lambda device: torch.device("cuda", 0))
-    config = engine_config(write_config(tmp_path), quantization="int8", device="cuda")
-    with pytest.raises(ConfigError, match="CPU only"):
+def test_fp8_needs_a_cuda_device(tmp_path: Path) -> None:
+    config = engine_config(write_config(tmp_path), quantization="fp8")
+    with pytest.raises(ConfigError, match="use int8"):
         TorchModelRunner(config)
+
+
+def test_only_the_cpu_rounds_the_inputs_of_int8_weights() -> None:
+    # Elsewhere nothing is multiplied in integers, so nothing is lost for it.
+    def rounds_inputs(device: str, quantization: Quantization) -> bool:
+        place = Place(torch.bfloat16, torch.device(device), quantization)
+        return Linear(2, 1, bias=False, place=place).rounds_inputs
+
+    assert rounds_inputs("cpu", "int8")
+    assert not rounds_inputs("meta", "int8")
+    assert not rounds_inputs("cpu", "fp8")
+
+
+def test_an_fp8_weight_is_the_nearest_of_e4m3_times_the_scale_of_its_output() -> None:
+    # The largest magnitude becomes 448. By hand, with 3 bits of mantissa: 100 lies between 96 and
+    # 104, nearest is 96 at a tie of mantissas 4 and 5 (to even); 3.3 between 3.25 and 3.5.
+    weights = torch.tensor([[448.0, 100.0, -3.3], [0.0, 0.0, 0.0], [-1.0, 0.5, 0.0]])
+    values, scale = quantize(weights, torch.float8_e4m3fn)
+    assert values.float().tolist() == [[448, 96, -3.25], [0, 0, 0], [-448, 224, 0]]
+    assert scale.tolist() == pytest.approx([1.0, 0.0, 1 / 448])
+
+
+@pytest.mark.parametrize("name", ["llama3_tied", "llama_biases"])
+def test_in_fp8_every_linear_is_within_a_sixteenth_of_what_it_was(
+    name: str, tmp_path: Path
+) -> None:
+    model_dir = save_checkpoint(tmp_path, name)
+    full = load_model(model_dir, device=CPU, dtype=torch.float32)
+    quantized = load_model(model_dir, device=CPU, dtype=torch.float32, quantization="fp8")
+    for linear, original in zip(quantized.modules(), full.modules(), strict=True):
+        if isinstance(linear, Linear) and isinstance(original, Linear):
+            assert linear.weight.dtype == torch.float8_e4m3fn
+            assert linear.scale is not None
+            identity = torch.eye(linear.weight.shape[1])
+            bias = 0 if linear.bias is None else linear.bias
+            restored = (linear(identity) - bias).T  # through the eager path
+            error = (restored - original.weight).abs()
+            smallest = linear.scale[:, None] * 2**-10  # half a subnormal step
+            assert (error <= (original.weight.abs() / 16).maximum(smallest) * 1.001).all()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_random_weights_are_quantized_ones(quantization: Quantization, tmp_path: Path) -> None:
+    models = [
+        load_model(
+            write_config(tmp_path),
+            device=CPU,
+            dtype=torch.float32,
+            load_format="dummy",
+            quantization=kind,
+        )
+        for kind in (quantization, "none")
+    ]
+    found, expected = (
+        model.blocks[0].ffn.gate_up(torch.ones(1, model.config.hidden_size)) for model in models
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2)
 
 
 def test_without_the_kernels_torch_decodes_and_the_log_says_so(

@@ -59,3 +59,16 @@ def test_a_row_that_was_not_watched_is_not_spoken_for() -> None:
 def test_a_row_skips_no_more_than_its_limit() -> None:
     gate = ConsensusGate([SKIP, replace(SKIP, max_skips=1)], share=1.0, slack=0.0)
     assert skipped(gate, constant(0.95, 0.95)) == [[2, 3, 4], [2]]
+
+
+def test_seven_of_25_rows_are_a_share_of_028() -> None:
+    assert 0.28 * 25 > 7, "in binary"
+    gate = ConsensusGate([SKIP] * 25, share=0.28, slack=0.1)
+    assert skipped(gate, constant(*[0.95] * 7, *[0.85] * 18)) == [[2, 3, 4]] * 25
+    gate = ConsensusGate([SKIP] * 25, share=0.28, slack=0.1)
+    assert skipped(gate, constant(*[0.95] * 6, *[0.85] * 19)) == [[]] * 25
+
+
+def test_a_row_that_is_not_a_number_keeps_everybody_from_skipping() -> None:
+    gate = ConsensusGate([SKIP] * 3, share=0.5, slack=0.05)
+    assert skipped(gate, constant(0.95, 0.95, float("nan"))) == [[]] * 3

@@ -4,8 +4,9 @@
 
 Each split takes a softmax of its own, relative to its own maximum; a second kernel merges them in
 a fixed order. The split that holds the row's own position norms and rotates the new key, writes it
-and the value into the cache, and uses them; nobody else needs them in this step. Splits are of
-fixed length, so a captured graph serves every context: one without positions returns at once.
+and the value into the cache, and uses them; nobody else needs them in this step. How many splits
+there are depends on the number of rows alone, so a captured graph serves every context; how long
+they are, on what the row sees. One without positions returns at once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skipllm_core.kernels.gpu.linear import NUM_PROGRAMS
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.llama import Attention
+
+
+@triton.jit
+def _split_bounds(position, window, split, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+    """The positions first .. end - 1 of a split (or of several), none if end <= first."""
+    seen_from = tl.where(window > 0, tl.maximum(0, position - window + 1), 0)
+    num_seen = position + 1 - seen_from
+    length = tl.cdiv(tl.cdiv(num_seen, SPLITS), MIN_SPLIT) * MIN_SPLIT
+    first = seen_from + split * length
+    return first, tl.minimum(first + length, position + 1)
 
 
 @triton.jit
@@ -32,16 +44,14 @@ def _attend(
     partial_ptr, maxima_ptr, sums_ptr,
     max_blocks, window, scale, eps,
     HAS_NORM: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
     GROUP_PAD: tl.constexpr, HALF_PAD: tl.constexpr, D_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     position = tl.load(positions_ptr + row)
-    seen_from = tl.where(window > 0, tl.maximum(0, position - window + 1), 0)
-    first = tl.maximum(split * SPLIT, seen_from)
-    end = tl.minimum((split + 1) * SPLIT, position + 1)
+    first, end = _split_bounds(position, window, split, SPLITS, MIN_SPLIT)
     if first >= end:
         return
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -131,7 +141,7 @@ def _attend(
         sums = sums * shrink + power
         maxima = new_maxima
 
-    place = (row * NUM_HEADS + head) * MAX_SPLITS + split
+    place = (row * NUM_HEADS + head) * SPLITS + split
     tl.store(maxima_ptr + place, maxima, mask=is_head)
     tl.store(sums_ptr + place, sums, mask=is_head)
     at = place[:, None] * D + d[None, :]
@@ -141,16 +151,16 @@ def _attend(
 @triton.jit
 def _merge(
     partial_ptr, maxima_ptr, sums_ptr, positions_ptr, out_ptr, window,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    D_PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1)
     position = tl.load(positions_ptr + row)
-    seen_from = tl.where(window > 0, tl.maximum(0, position - window + 1), 0)
-    split = tl.arange(0, SPLITS_PAD)
-    has_any = (split < MAX_SPLITS) & (split * SPLIT <= position) & ((split + 1) * SPLIT > seen_from)
-    place = (row * NUM_HEADS + head) * MAX_SPLITS + split
+    split = tl.arange(0, SPLITS)
+    first, end = _split_bounds(position, window, split, SPLITS, MIN_SPLIT)
+    has_any = first < end
+    place = (row * NUM_HEADS + head) * SPLITS + split
     maxima = tl.load(maxima_ptr + place, mask=has_any, other=float("-inf"))
     sums = tl.load(sums_ptr + place, mask=has_any, other=0.0)
     peak = tl.where(position >= 0, tl.max(maxima, 0), 0.0)  # a padded row has no split
@@ -166,18 +176,37 @@ def _merge(
 
 
 class AttentionScratch:
-    """What the splits of one layer leave for the merge; every layer uses the same."""
+    """What the splits of one layer leave for the merge; every layer uses the same.
 
-    def __init__(self, rows: DeviceRows, attention: Attention, max_len: int, split: int) -> None:
-        self.split = split  # positions
-        self.max_splits = triton.cdiv(max_len, split)
-        shape = (rows.max_num_rows, attention.num_heads, self.max_splits)
-        zeros = torch.zeros(shape, dtype=torch.float32, device=rows.device)
-        self.maxima = zeros
-        self.sums = torch.zeros_like(zeros)
+    A split has `min_split` positions at least (a power of two, 16 or more), and there are no more
+    splits than `num_programs` programs of a step need, nor than 32.
+    """
+
+    def __init__(
+        self,
+        rows: DeviceRows,
+        attention: Attention,
+        max_len: int,
+        *,
+        min_split: int,
+        num_programs: int = NUM_PROGRAMS,
+    ) -> None:
+        self.min_split = min_split
+        self._num_programs = num_programs
+        self._num_kv_heads = attention.num_kv_heads
+        self._most = triton.next_power_of_2(min(32, triton.cdiv(max_len, min_split)))
+        size = max(n * self.num_splits(n) for n in range(1, rows.max_num_rows + 1))
+        size *= attention.num_heads
+        self.maxima = torch.zeros(size, dtype=torch.float32, device=rows.device)
+        self.sums = torch.zeros_like(self.maxima)
         self.partial = torch.zeros(
-            (*shape, attention.head_dim), dtype=torch.float32, device=rows.device
+            size, attention.head_dim, dtype=torch.float32, device=rows.device
         )
+
+    def num_splits(self, num_rows: int) -> int:
+        """A power of two: what many rows, or many KV heads, do not need to fill the device."""
+        wanted = triton.cdiv(self._num_programs, num_rows * self._num_kv_heads)
+        return min(self._most, triton.next_power_of_2(wanted))
 
 
 def attend(
@@ -202,7 +231,8 @@ def attend(
     head_dim = attention.head_dim
     norm = attention.qk_norm
     window = attention.window or 0
-    _attend[(num_rows, num_kv_heads, scratch.max_splits)](
+    num_splits = scratch.num_splits(num_rows)
+    _attend[(num_rows, num_kv_heads, num_splits)](
         qkv,
         qkv if norm is None else norm.weight,
         cos,
@@ -223,12 +253,12 @@ def attend(
         NUM_KV_HEADS=num_kv_heads,
         D=head_dim,
         BLOCK_SIZE=keys.shape[1],
-        SPLIT=scratch.split,
-        MAX_SPLITS=scratch.max_splits,
+        SPLITS=num_splits,
+        MIN_SPLIT=scratch.min_split,
         GROUP_PAD=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         HALF_PAD=max(16, triton.next_power_of_2(head_dim // 2)),
         D_PAD=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_T=min(64, scratch.split),
+        BLOCK_T=min(64, scratch.min_split),
         num_warps=4,
     )
     _merge[(num_rows, num_heads)](
@@ -240,9 +270,8 @@ def attend(
         window,
         NUM_HEADS=num_heads,
         D=head_dim,
-        SPLIT=scratch.split,
-        MAX_SPLITS=scratch.max_splits,
-        SPLITS_PAD=triton.next_power_of_2(scratch.max_splits),
+        SPLITS=num_splits,
+        MIN_SPLIT=scratch.min_split,
         D_PAD=max(16, triton.next_power_of_2(head_dim)),
         num_warps=1,
     )

@@ -25,8 +25,7 @@ from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.llama import Block, LlamaModel
 from skipllm_core.runner.kv_cache import KVCache
 
-MIN_SPLIT = 128  # positions of a split of attention
-MAX_SPLITS = 32
+MIN_SPLIT = 64  # positions of a split of attention, at least
 
 
 @triton.jit
@@ -42,7 +41,8 @@ class GpuDecoder:
     """Decode steps over `rows`, for a model and cache on a CUDA device.
 
     (Or on the CPU, in Triton's interpreter.) `consensus`: rows skip together, see
-    skip/consensus.py, with the numbers of `rows.consensus`. `tiles`: how linears are cut.
+    skip/consensus.py, with the numbers of `rows.consensus`. `tiles`: how linears are
+    cut; `min_split`: the positions of attention that a program has at least.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class GpuDecoder:
         *,
         consensus: bool = False,
         tiles: Tiles = tile_for,
+        min_split: int = MIN_SPLIT,
     ) -> None:
         config, device = model.config, rows.device
         self._model = model
@@ -73,9 +74,8 @@ class GpuDecoder:
         self._state = GateState.build(rows, config.hidden_size, dtype)
         self._parts = parts_for(rows.max_num_rows, config.hidden_size, device)
         max_len = rows.block_tables.shape[1] * kv_cache.block_size
-        split = max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(max_len, MAX_SPLITS)))
         attention = model.blocks[0].attention
-        self._scratch = AttentionScratch(rows, attention, max_len, split)
+        self._scratch = AttentionScratch(rows, attention, max_len, min_split=min_split)
         cos, sin = model.rotary.cos_sin(torch.arange(max_len, device=device))
         half = config.head_dim // 2  # one of the two halves says all: the second sine is +sin
         self._cos = cos[:, 0, :half].contiguous()

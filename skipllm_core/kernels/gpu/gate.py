@@ -20,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.skip import consensus
 
 UNSEEN = tl.constexpr(-2.0)  # a similarity that was not measured
+SHARE_ROUNDING = tl.constexpr(consensus.SHARE_ROUNDING)
 
 
 class GateState(NamedTuple):
@@ -181,8 +183,8 @@ def _decide_together(
     votes = (position >= 0) & (policy == 1) & (position >= skip_from)
     num_votes = tl.sum(votes.to(tl.int32), 0)
     num_for = tl.sum((votes & (triggered == 1)).to(tl.int32), 0)
-    num_far = tl.sum((votes & (seen < threshold - slack)).to(tl.int32), 0)
-    is_reached = (num_votes > 0) & (num_far == 0) & (num_for >= share * num_votes)
+    num_far = tl.sum((votes & ~(seen >= threshold - slack)).to(tl.int32), 0)
+    is_reached = (num_votes > 0) & (num_far == 0) & (num_for >= share * num_votes - SHARE_ROUNDING)
     joint = tl.where(is_reached, 1, joint)
     tl.store(joint_ptr, joint)
     is_in_region = (cold_start <= layer) & (layer < cold_end)
