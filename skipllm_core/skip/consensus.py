@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from skipllm_core.skip.policy import may_trigger
+from skipllm_core.skip.policy import may_skip, may_trigger
 from skipllm_core.types import SkipParams
 
 SHARE_ROUNDING = 1e-3  # 0.28 of 25 rows are 7, whatever the bits of 0.28 say, here and on a device
@@ -45,11 +45,8 @@ class ConsensusGate:
         return [row for row in self._rows if not self._skips(row, layer)]
 
     def _skips(self, row: int, layer: int) -> bool:
-        skip = self._voters.get(row)
-        if skip is None or not skip.cold_start <= layer < skip.cold_end:
-            return False
-        skipped = self.skipped_layers[row]
-        if skip.max_skips is not None and len(skipped) >= skip.max_skips:
+        skip, skipped = self._voters.get(row), self.skipped_layers[row]
+        if skip is None or not may_skip(skip, layer, len(skipped)):
             return False
         skipped.append(layer)
         return True

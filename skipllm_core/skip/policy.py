@@ -77,11 +77,8 @@ class FfnSkipGate:
         return [row for row in self._rows if not self._skips(row, layer)]
 
     def _skips(self, row: int, layer: int) -> bool:
-        skip = self._triggered.get(row)
-        if skip is None or not skip.cold_start <= layer < skip.cold_end:
-            return False
-        skipped = self.skipped_layers[row]
-        if skip.max_skips is not None and len(skipped) >= skip.max_skips:
+        skip, skipped = self._triggered.get(row), self.skipped_layers[row]
+        if skip is None or not may_skip(skip, layer, len(skipped)):
             return False
         skipped.append(layer)
         return True
@@ -93,6 +90,12 @@ class FfnSkipGate:
         for row, skip in tuple(self._watched.items()):
             if may_trigger(skip, layer) and similarities[row] >= skip.threshold:
                 self._triggered[row] = self._watched.pop(row)
+
+
+def may_skip(skip: SkipParams, layer: int, num_skipped: int) -> bool:
+    """Whether a row under `skip`, once it has triggered, skips this layer too."""
+    is_in_region = skip.cold_start <= layer < skip.cold_end
+    return is_in_region and (skip.max_skips is None or num_skipped < skip.max_skips)
 
 
 def may_trigger(skip: SkipParams, layer: int) -> bool:
