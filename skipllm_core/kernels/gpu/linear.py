@@ -39,6 +39,7 @@ class Tile:
 
 Tiles = Callable[[int, int, int], Tile]  # of num_rows, num_outputs, num_inputs
 
+MAX_BLOCK_M = 64
 NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: enough loads in flight
 
 
@@ -59,8 +60,9 @@ def tile_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tile:
 
 
 def block_m(num_rows: int) -> int:
-    """Rows of a `tl.dot`, which has 16 at least; 1: no `tl.dot`."""
-    return 1 if num_rows == 1 else max(16, triton.next_power_of_2(num_rows))
+    """Rows of a `tl.dot`, which has 16 at least; 1: no `tl.dot`. Its tiles of 128 rows and more
+    spill registers, and do not fit into an H100's shared memory."""
+    return 1 if num_rows == 1 else min(MAX_BLOCK_M, max(16, triton.next_power_of_2(num_rows)))
 
 
 def linear(
@@ -118,7 +120,8 @@ def linear(
             rows.num_layers,
             rows.max_num_rows,
         )
-    linear_kernel[(triton.cdiv(num_outputs, tile.block_n), splits)](
+    row_tiles = triton.cdiv(num_rows, block_m(num_rows))
+    linear_kernel[(triton.cdiv(num_outputs, tile.block_n), splits, row_tiles)](
         x,
         out if norm is None else norm.weight,
         weights.weight,
@@ -142,7 +145,7 @@ def linear(
         **shared,
     )
     if splits > 1:
-        add_parts_kernel[(triton.cdiv(num_outputs, 64),)](
+        add_parts_kernel[(triton.cdiv(num_outputs, 64), row_tiles)](
             parts,
             out if weights.scale is None else weights.scale,
             out if weights.bias is None else weights.bias,
@@ -171,7 +174,8 @@ def gate_up(
     num_outputs, hidden = weights.weight.shape
     inner = num_outputs // 2
     tile = tiles(num_rows, inner, hidden)
-    gate_up_kernel[(triton.cdiv(inner, tile.block_n),)](
+    row_tiles = triton.cdiv(num_rows, block_m(num_rows))
+    gate_up_kernel[(triton.cdiv(inner, tile.block_n), row_tiles)](
         h,
         norm.weight,
         weights.weight,

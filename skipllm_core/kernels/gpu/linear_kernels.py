@@ -1,9 +1,9 @@
 """The kernels of linear.py.
 
 One row: products element by element, a program per BLOCK_N outputs. More: `tl.dot` over the rows,
-padded to 16. With SPLITS > 1 the inputs are divided among programs, whose sums `add_parts_kernel`
-adds in a fixed order. A predicated kernel whose rows all skip loads its flags, and returns before
-it has touched a weight.
+padded to 16; of more than 64 rows every tile of 64 reads the weights. With SPLITS > 1 the inputs
+are divided among programs, whose sums `add_parts_kernel` adds in a fixed order. A predicated kernel
+whose rows all skip loads its flags, and returns before it has touched a weight.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def linear_kernel(
     DECIDES: tl.constexpr, CONSENSUS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     keep = m < num_rows
     if IS_PREDICATED:
         runs = tl.load(run_ptr + m, mask=keep, other=0)
@@ -141,7 +141,7 @@ def linear_kernel(
             return
         keep = keep & (runs == 1)
     if DECIDES:
-        if tl.program_id(1) == 0:
+        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
             for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
                 decide_row(
                     row, layer, x_ptr, before_ptr, positions_ptr, policies_ptr, thresholds_ptr,
@@ -175,7 +175,7 @@ def add_parts_kernel(
     HAS_BEFORE: tl.constexpr, IS_PREDICATED: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     keep = m < num_rows
     if IS_PREDICATED:
         runs = tl.load(run_ptr + m, mask=keep, other=0)
@@ -200,7 +200,7 @@ def gate_up_kernel(
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_PREDICATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = m < num_rows
     if IS_PREDICATED:
         if tl.max(tl.load(run_ptr + m, mask=is_row, other=0), 0) == 0:
