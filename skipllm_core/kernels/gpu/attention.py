@@ -206,7 +206,7 @@ class AttentionScratch:
     def num_splits(self, num_rows: int) -> int:
         """A power of two: what many rows, or many KV heads, do not need to fill the device."""
         wanted = triton.cdiv(self._num_programs, num_rows * self._num_kv_heads)
-        return min(self._most, triton.next_power_of_2(wanted))
+        return int(min(self._most, triton.next_power_of_2(wanted)))
 
 
 def attend(
