@@ -140,7 +140,7 @@ def decide_row(
     tl.store(runs_ptr + layer * max_num_rows + row, (position >= 0).to(tl.int32) - skips)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _decide_together(
     layer,
     positions_ptr,
