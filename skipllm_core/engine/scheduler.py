@@ -109,10 +109,15 @@ class Scheduler:
 
     def _interleaved_tokens(self, seq: Sequence, num_decoding: int) -> int:
         """Of a prefill step that begins with `seq`, beside `num_decoding` streams."""
+        most = max(1, self._max_num_batched_tokens // INTERLEAVED_SHARE)
+        # Where more prompts could run than streams do, spreading would only keep the batch small.
+        num_free = self._max_num_seqs - len(self.running)
+        if 1 + min(len(self.waiting), num_free) > num_decoding:
+            return most
         # As many tokens as there are streams cost no more than one of their own steps.
         least = max(self._min_prefill_tokens, num_decoding)
         part = -(-(seq.num_tokens - seq.num_cached_tokens) // INTERLEAVED_STEPS)
-        return min(max(part, least), max(1, self._max_num_batched_tokens // INTERLEAVED_SHARE))
+        return min(max(part, least), most)
 
     def _admit_next(self) -> Sequence | None:
         """Lends the next waiting sequence blocks for all it has to prefill, if there is room."""

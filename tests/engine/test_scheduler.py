@@ -234,6 +234,24 @@ def test_a_short_prompt_delays_running_streams_less_than_a_long_one(
     assert sum(chunks) == num_prompt_tokens
 
 
+def test_prompts_that_outnumber_the_streams_are_not_spread() -> None:
+    runner = FakeRunner()
+    engine = fake_engine(runner, max_num_batched_tokens=512, max_model_len=4096, max_num_seqs=6)
+    for seq_id in range(2):
+        engine.add(seq_id, [40 + seq_id], SamplingParams(max_tokens=9))
+    engine.step()
+    for seq_id in range(2, 6):
+        engine.add(seq_id, [40] * 64, SamplingParams(max_tokens=99))
+    run(engine)
+    chunks = [
+        [row.num_tokens for row in batch.rows]
+        for batch in runner.batches[1:]
+        if batch.kind == "prefill"
+    ]
+    assert chunks[0] == [64, 64], "four prompts beside two streams: a quarter of the budget"
+    assert set(map(sum, chunks[1:-1])) == {8}, "two beside four, and so on: spread"
+
+
 def test_a_prompt_that_nobody_waits_for_takes_whole_steps() -> None:
     runner = FakeRunner()
     engine = fake_engine(runner, max_num_batched_tokens=512, max_model_len=4096)
