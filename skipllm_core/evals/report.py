@@ -20,6 +20,17 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+_TERMS = """\
+Written by `skipllm eval`. Intervals are of 95 %: Wilson's for shares, by resampling the items
+otherwise. `token skip` is skipped FFN blocks / (decoded tokens x layers), as the paper counts.
+`weight bytes` is that times the FFN's share of a decoder layer's weights: what a batch of one does
+not read. `weight skip` is the share of FFN weight reads that this run's batches avoided. Skips are
+counted, not assumed from what was asked for. `tok/s` is over this run's decode steps, on a machine
+that may have had other work: no benchmark. `agreement` is the share of items whose every answer is
+the full model's to the letter. `repetition`: a run of 4 words or marks stands in an answer 3 times
+or more. `collapse`: an answer's last 8 words or marks are the same one."""
+
+
 def write_report(out: Path, run: dict[str, object], rows: Sequence[Row]) -> None:
     """Writes the three files into `out`, which exists."""
     data = [{**asdict(row), "setting": msgspec.structs.asdict(row.setting)} for row in rows]
@@ -57,13 +68,7 @@ def markdown(run: dict[str, object], rows: Sequence[Row]) -> str:
     model = str(run["model"])
     parts = [
         f"# Evaluation of {model}",
-        "Written by `skipllm eval`. Intervals are of 95 %: Wilson's for shares, by resampling the "
-        "items otherwise. `token skip` is skipped FFN blocks / (decoded tokens x layers), as the "
-        "paper counts; `weight bytes` is the share of the decoder layers' weights that a batch of "
-        "one does not read; `weight skip` is the share of FFN weight reads that this run's batches "
-        "avoided. All three are measured. `agreement` is the share of items whose every answer is "
-        "the full model's to the letter. `repetition`: a run of 4 words or marks stands in an "
-        "answer 3 times or more. `collapse`: an answer's last 8 words or marks are the same one.",
+        _TERMS,
         "Run: `" + json.dumps(run) + "`",
     ]
     plain = [row for row in rows if row.setting.warmup_tokens is None]

@@ -21,6 +21,8 @@ from skipllm_core.model.config import ModelConfig
 
 # The score that stands for a task in the tables and figures.
 HEADLINE = {"factoid_qa": "exact", "multi_turn": "fact", "summarization": "rougeL"}
+# Yes or no for each item; the others are means.
+_SHARES = ("exact", "contains", "fact", "agreement", "repetition", "collapse")
 _rouge = lru_cache(maxsize=100_000)(rouge)
 
 
@@ -70,8 +72,9 @@ def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict
         "collapse": float(any(is_collapsed(a) for a in answers)),
     }
     if item.task == "factoid_qa":
-        match = contains_answer if item.is_short_answer else exact_match
-        scores["exact"] = float(match(last, item.accepted))
+        scores["exact"] = float(exact_match(last, item.accepted))
+        if item.is_short_answer:
+            scores["contains"] = float(contains_answer(last, item.accepted))
     elif item.task == "multi_turn":
         if item.accepted:
             scores["fact"] = float(exact_match(last, item.accepted))
@@ -109,7 +112,8 @@ def summarise(
             headline = HEADLINE[task] if HEADLINE[task] in names else "agreement"
             groups = {
                 group: _score(
-                    [s[headline] for i, s in zip(of_task, judged, strict=True) if i.group == group]
+                    headline,
+                    [s[headline] for i, s in zip(of_task, judged, strict=True) if i.group == group],
                 )
                 for group in dict.fromkeys(item.group for item in of_task)
             }
@@ -124,7 +128,7 @@ def summarise(
                 Row(
                     setting=setting,
                     task=task,
-                    scores={name: _score([s[name] for s in judged if name in s]) for name in names},
+                    scores={n: _score(n, [s[n] for s in judged if n in s]) for n in names},
                     groups=groups,
                     token_skip_ratio=ratio,
                     weight_bytes_ratio=None if share is None else ratio * share,
@@ -148,8 +152,8 @@ def _ratings(
     return {a: Score(sum(v) / len(v), *bootstrap(v), len(v)) for a, v in by_aspect.items()}
 
 
-def _score(values: Sequence[float]) -> Score:
+def _score(name: str, values: Sequence[float]) -> Score:
     mean = sum(values) / len(values)
-    is_binary = all(value in (0.0, 1.0) for value in values)
-    low, high = wilson(sum(values), len(values)) if is_binary else bootstrap(values)
+    is_share = name in _SHARES
+    low, high = wilson(sum(values), len(values)) if is_share else bootstrap(values)
     return Score(mean, low, high, len(values))

@@ -27,11 +27,11 @@ class Item:
     turns: tuple[str, ...]
     history: tuple[Message, ...] = ()
     accepted: tuple[str, ...] = ()
-    is_short_answer: bool = False  # accepted may stand within a sentence
+    is_short_answer: bool = False  # a name, which chat models like to wrap into a sentence
 
 
-# The embedded model's conversations, in categories of what it can do. `follow_ups` and the two
-# about stories take two turns; the first is answered by the model itself.
+# The embedded model's conversations, in categories of what it can do. The model answers the first
+# turn itself, but where the second is about a story: there the story is given as its own.
 _CATEGORIES = (
     "follow_ups",
     "names",
@@ -123,7 +123,7 @@ def load(task: TaskName, path: str, limit: int) -> list[Item]:
                     task=task,
                     id=q.id,
                     group="all",
-                    turns=(q.question,),
+                    turns=(f"{q.question}\nAnswer with the name alone.",),
                     accepted=q.answers,
                     is_short_answer=True,
                 )
