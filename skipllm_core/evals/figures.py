@@ -27,6 +27,12 @@ def draw(out: Path, model: str, rows: Sequence[Row]) -> None:
         _draw_warmups(out / "warmup.png", warm)
 
 
+def _label(rows: Sequence[Row]) -> str:
+    """What the headline score of these rows, of one task, is."""
+    name = HEADLINE[rows[0].task]
+    return _LABELS[name] if name in rows[0].scores else "same as the full model's, %"
+
+
 def _panels(num: int) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
@@ -52,7 +58,7 @@ def _draw_accuracy(path: Path, rows: Sequence[Row], tasks: Sequence[str], is_pap
             for name, points in paper.FACTOID.items():
                 x = [100 * ratio for ratio in points]
                 axis.plot(x, list(points.values()), "k:", lw=1, label=f"{name}, paper")
-        _finish(axis, task, _SKIPPED, _LABELS[HEADLINE[task]])
+        _finish(axis, task, _SKIPPED, _label([row for row in rows if row.task == task]))
     figure.savefig(path, dpi=120)
 
 
@@ -88,7 +94,7 @@ def _draw_warmups(path: Path, rows: Sequence[Row]) -> None:
         )
         x = [row.setting.warmup_tokens for row in line]
         y = [100 * row.headline.mean if row.headline else None for row in line]
-        axis.plot(x, y, "o-", label=_LABELS[HEADLINE[task]])
+        axis.plot(x, y, "o-", label=_label(line))
         skipped = [100 * row.token_skip_ratio for row in line]
         axis.plot(x, skipped, "s--", color="grey", label=_SKIPPED)
         _finish(axis, task, "warm-up tokens, decoded in full", "%")

@@ -106,8 +106,9 @@ def test_a_setting_without_all_its_answers_has_no_row(tmp_path: Path) -> None:
     assert [row.setting for row in rows] == [FULL]
 
 
-@pytest.mark.parametrize(("model", "has_paper"), [("skipllm-demo", False),
-                                                  ("meta-llama/Llama-2-7b-chat-hf", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "has_paper"), [("skipllm-demo", False), ("meta-llama/Llama-2-7b-chat-hf", True)]
+)
 def test_the_papers_numbers_stand_beside_its_own_model_alone(
     tmp_path: Path, model: str, has_paper: bool
 ) -> None:
