@@ -78,7 +78,9 @@ def markdown(run: dict[str, object], rows: Sequence[Row]) -> str:
     if near := [row for row in plain if row.setting.ratio in (0.0, 0.2)]:
         parts += ["## At 20 % (the paper's Table 2)", _short(near)]
     if warm := [row for row in rows if row.setting.warmup_tokens is not None]:
-        parts += ["## Warm-up tokens (the paper's Figure 5)", _table(warm)]
+        parts.append("## Warm-up tokens (the paper's Figure 5)")
+        for task in dict.fromkeys(row.task for row in warm):
+            parts += [f"{task}:", _table([row for row in warm if row.task == task])]
     if paper.is_paper_model(model):
         parts += ["## The paper's numbers", _paper()]
     else:

@@ -79,7 +79,8 @@ def by_terciles(items: list[Item]) -> list[Item]:
     order = sorted(range(len(items)), key=lambda i: len(items[i].turns[-1].split()))
     third = {at: 3 * rank // len(order) for rank, at in enumerate(order)}
     names = ("short", "medium", "long")
-    return [replace(item, group=names[third[at]]) for at, item in enumerate(items)]
+    grouped = [replace(item, group=names[third[at]]) for at, item in enumerate(items)]
+    return sorted(grouped, key=lambda item: names.index(item.group))
 
 
 def _dialogues(limit: int) -> list[Item]:
