@@ -33,13 +33,13 @@ def _label(rows: Sequence[Row]) -> str:
     return _LABELS[name] if name in rows[0].scores else "same as the full model's, %"
 
 
-def _panels(num: int) -> tuple[Any, Any]:
+def _panels(num: int, *, share_y: bool = False) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("figures need matplotlib: pip install 'skipllm[eval]'") from None
     figure = Figure(figsize=(4.6 * num, 3.8), layout="constrained")
-    return figure, figure.subplots(1, num, squeeze=False)[0]
+    return figure, figure.subplots(1, num, squeeze=False, sharey=share_y)[0]
 
 
 def _finish(axis: Any, title: str, x: str, y: str) -> None:
@@ -76,11 +76,13 @@ def _draw_throughput(path: Path, rows: Sequence[Row], tasks: Sequence[str]) -> N
 
 def _draw_groups(path: Path, rows: Sequence[Row]) -> None:
     groups = list(rows[0].groups)
-    figure, axes = _panels(len(groups))
+    figure, axes = _panels(len(groups), share_y=True)
     for axis, group in zip(axes, groups, strict=True):
         for policy, line in _by_policy(rows).items():
             _curve(axis, line, [row.groups[group] for row in line], policy)
-        _finish(axis, f"articles: {group}", _SKIPPED, _LABELS["rougeL"])
+        _finish(
+            axis, f"articles: {group}", "skipped FFN blocks over all groups, %", _LABELS["rougeL"]
+        )
     figure.savefig(path, dpi=120)
 
 
