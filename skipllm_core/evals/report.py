@@ -75,12 +75,17 @@ def markdown(run: dict[str, object], rows: Sequence[Row]) -> str:
     for task in dict.fromkeys(row.task for row in plain):
         of_task = [row for row in plain if row.task == task]
         parts += [f"## {task}", _table(of_task), "By group:", _groups(of_task)]
+    if plain:
+        parts += ["## Figures", "![accuracy](accuracy.png)", "![throughput](throughput.png)"]
+    if any(row.task == "summarization" for row in plain):
+        parts.append("![by length of article](groups.png)")
     if near := [row for row in plain if row.setting.ratio in (0.0, 0.2)]:
         parts += ["## At 20 % (the paper's Table 2)", _short(near)]
     if warm := [row for row in rows if row.setting.warmup_tokens is not None]:
         parts.append("## Warm-up tokens (the paper's Figure 5)")
         for task in dict.fromkeys(row.task for row in warm):
             parts += [f"{task}:", _table([row for row in warm if row.task == task])]
+        parts.append("![warm-up](warmup.png)")
     if paper.is_paper_model(model):
         parts += ["## The paper's numbers", _paper()]
     else:
