@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from server.bench import app as bench
+from server.eval import evaluate
 from server.options import Command, takes_settings, told_in_one_line
 from server.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
 from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut the names of flags at 80 columns
 )
 app.add_typer(bench)
+app.command("eval", cls=Command)(evaluate)
 
 
 def main() -> None:

@@ -1,0 +1,282 @@
+"""`skipllm eval`: policies x ratios x tasks, judged and reported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from server.options import takes_settings, told_in_one_line
+from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError, load_settings
+
+WARMUPS = (0, 5, 10, 20, 30, 40)  # the paper's Figure 5
+_WARMUP_RATIO = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run, as the flags say it."""
+
+    policies: tuple[str, ...]
+    ratios: tuple[float, ...]
+    tasks: tuple[str, ...]
+    files: dict[str, str]  # by task; a task without one has the embedded model's set
+    limit: int
+    max_tokens: int
+    out: Path
+    with_warmups: bool
+    base_url: str | None
+    model_name: str
+    concurrency: int
+    judge_url: str | None
+    judge_model: str | None
+
+
+_Data = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A file, or hub:NAME (needs `datasets`).")
+]
+
+
+_ENGINE = ("device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs", "max_model_len")
+
+
+@takes_settings((*_ENGINE, "skip_profile"))
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"A local directory or a Hugging Face id. Default: {EMBEDDED_MODEL_NAME}.",
+        ),
+    ] = None,
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="For the answers and the report. The same command "
+            "again goes on where it was interrupted.",
+        ),
+    ],
+    policies: Annotated[
+        str, typer.Option(metavar="NAME,..", help="never always runs.")
+    ] = "ffn_skip",
+    ratios: Annotated[
+        str, typer.Option(metavar="FLOAT,..", help="Shares of the FFN blocks to skip.")
+    ] = "0.05,0.15,0.2,0.25,0.35",
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME,..", help="What to ask.")
+    ] = "factoid_qa,multi_turn,summarization",
+    factoid_file: _Data = None,
+    multi_turn_file: _Data = None,
+    summaries_file: _Data = None,
+    limit: Annotated[int, typer.Option(metavar="INT", min=1, help="Items of each task.")] = 200,
+    max_tokens: Annotated[int, typer.Option(metavar="INT", min=1, help="Of an answer.")] = 160,
+    warmups: Annotated[
+        bool, typer.Option("--warmups", help="Add the ablation of warm-up tokens, 0 to 40.")
+    ] = False,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask a running server (URL ends in /v1) instead; MODEL is "
+            "its name there. Its key: SKIPLLM_EVAL_API_KEY.",
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(metavar="INT", min=1, help="Requests at once with --base-url.")
+    ] = 8,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A judge behind OpenAI's API, for multi_turn and "
+            "summarization. Its key: SKIPLLM_JUDGE_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="Its model.")] = None,
+    **flags: Any,
+) -> None:
+    """Measure what skipping costs MODEL on the paper's tasks; write a report with figures."""
+    with told_in_one_line():
+        settings = load_settings({**flags, "model": model}, os.environ)
+        if (judge_url is None) != (judge_model is None):
+            raise SettingsError("--judge-url and --judge-model go together")
+        files = {
+            "factoid_qa": factoid_file,
+            "multi_turn": multi_turn_file,
+            "summarization": summaries_file,
+        }
+        plan = Plan(
+            policies=tuple(policies.split(",")),
+            ratios=_ratios(ratios),
+            tasks=tuple(tasks.split(",")),
+            files={task: path for task, path in files.items() if path is not None},
+            limit=limit,
+            max_tokens=max_tokens,
+            out=out,
+            with_warmups=warmups,
+            base_url=base_url,
+            model_name=model or EMBEDDED_MODEL_NAME,
+            concurrency=concurrency,
+            judge_url=judge_url,
+            judge_model=judge_model,
+        )
+        run_evaluation(plan, settings)
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        ratios = tuple(float(one) for one in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--ratios: {text!r} is not a list of numbers") from None
+    if not all(0 <= ratio <= 1 for ratio in ratios):
+        raise SettingsError("--ratios: each must be within 0 and 1")
+    return ratios
+
+
+def run_evaluation(plan: Plan, settings: Settings) -> None:
+    """Raises ConfigError."""
+    from skipllm_core.evals import figures
+    from skipllm_core.evals.records import Journal, Setting
+    from skipllm_core.evals.report import write_report
+    from skipllm_core.evals.runner import FULL, grid, run
+    from skipllm_core.evals.summary import summarise
+    from skipllm_core.evals.tasks import TASKS, bundled, load
+
+    if unknown := set(plan.tasks) - set(TASKS):
+        raise SettingsError(f"--tasks: {unknown.pop()!r} is none of {', '.join(TASKS)}")
+    chosen = [task for task in TASKS if task in plan.tasks]
+    items = {
+        task: load(task, plan.files[task], plan.limit)
+        if task in plan.files
+        else bundled(task, plan.limit)
+        for task in chosen
+    }
+    settings_list = grid(plan.policies, plan.ratios)
+    steps = [(setting, items[task]) for setting in settings_list for task in chosen]
+    if plan.with_warmups:
+        for num in WARMUPS:
+            setting = Setting(policy="ffn_skip", ratio=_WARMUP_RATIO, warmup_tokens=num)
+            settings_list.append(setting)
+            steps += [(setting, items[task]) for task in chosen if task != "factoid_qa"]
+    backend, share = _backend(plan, settings)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write to {plan.out}: {error}") from None
+    # What answers depend on; a journal of another run is refused. Policies and ratios may be added.
+    run_id: dict[str, object] = {
+        "model": plan.model_name,
+        "limit": plan.limit,
+        "max_tokens": plan.max_tokens,
+        "files": plan.files,
+        "max_num_seqs": settings.max_num_seqs if plan.base_url is None else plan.concurrency,
+        "over_http": plan.base_url is not None,
+    }
+    journal = Journal(plan.out / "answers.jsonl", run_id)
+    with _progress() as bar:
+        total = sum(len(of) for _, of in steps)
+        task_id = bar.add_task("answering", total=total)
+        run(backend, steps, journal, lambda: bar.advance(task_id))
+    everything = [item for of in items.values() for item in of]
+    ratings = _grade(plan, everything, settings_list, journal.records)
+    rows = summarise(
+        everything, settings_list, journal.records, journal.timings, share, FULL, ratings
+    )
+    write_report(plan.out, run_id, rows)
+    figures.draw(plan.out, plan.model_name, rows)
+    typer.echo(f"the report is in {plan.out / 'report.md'}", err=True)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+
+
+def _backend(plan: Plan, settings: Settings) -> tuple[Any, float | None]:
+    """(the backend, the FFN's share of the layers' weights where it is known)."""
+    if plan.base_url is not None:
+        from skipllm_core.evals.http import ChatClient, HttpBackend
+
+        client = ChatClient(plan.base_url, plan.model_name, os.environ.get("SKIPLLM_EVAL_API_KEY"))
+        return HttpBackend(client, plan.max_tokens, plan.concurrency), None
+    from server.launch import find_profile
+    from skipllm_core.client.worker_handle import openmp_environment
+    from skipllm_core.demo import MODEL_DIR
+    from skipllm_core.model.hub import resolve_model
+
+    model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+    os.environ.update(openmp_environment(settings.num_threads))
+    from skipllm_core.evals.runner import EngineBackend
+    from skipllm_core.evals.summary import ffn_share
+    from skipllm_core.model.config import load_model_config
+    from skipllm_core.tokenizer import HFTokenizer
+    from skipllm_core.worker import build_engine
+
+    profile = find_profile(settings.skip_profile, model_dir)
+    engine = build_engine(settings.engine_config(model_dir))
+    backend = EngineBackend(engine, HFTokenizer(model_dir), profile, plan.max_tokens)
+    return backend, ffn_share(load_model_config(model_dir))
+
+
+def _grade(
+    plan: Plan, items: Sequence[Any], settings: Sequence[Any], records: Any
+) -> dict[tuple[Any, str, str, str], float | None]:
+    """By setting, task, item and aspect; kept in grades.jsonl, so that none is asked for twice."""
+    if plan.judge_url is None or plan.judge_model is None:
+        return {}
+    from skipllm_core.evals.http import ChatClient, grade
+
+    judge = ChatClient(plan.judge_url, plan.judge_model, os.environ.get("SKIPLLM_JUDGE_API_KEY"))
+    path = plan.out / "grades.jsonl"
+    known = dict(_read_grades(path))
+    wanted = [
+        (record, item, aspect)
+        for item in items
+        for aspect in _aspects(item.task)
+        for setting in settings
+        if (record := records.get((setting, item.task, item.id))) is not None
+    ]
+    found = {}
+    with _progress() as bar, path.open("ab") as file:
+        for record, item, aspect in bar.track(wanted, description="judging"):
+            name = [
+                plan.judge_model,
+                msgspec.structs.asdict(record.setting),
+                *record.key[1:],
+                aspect,
+            ]
+            line = msgspec.json.encode(name)
+            if line not in known:
+                known[line] = grade(judge, item, record.answers, aspect or None)
+                file.write(msgspec.json.encode([name, known[line]]) + b"\n")
+                file.flush()
+            found[(*record.key, aspect or "overall")] = known[line]
+    return found
+
+
+def _aspects(task: str) -> tuple[str, ...]:
+    from skipllm_core.evals.http import ASPECTS
+
+    return {"multi_turn": ("",), "summarization": ASPECTS}.get(task, ())
+
+
+def _read_grades(path: Path) -> Iterator[tuple[bytes, float | None]]:
+    if not path.exists():
+        return
+    data = path.read_bytes().rpartition(b"\n")[0]  # a line that was cut off is asked for again
+    path.write_bytes(data + b"\n" if data else b"")
+    for line in data.split(b"\n"):
+        if line:
+            name, rating = msgspec.json.decode(line)
+            yield msgspec.json.encode(name), rating

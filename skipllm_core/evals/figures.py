@@ -1,0 +1,131 @@
+"""The report's figures. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skipllm_core.errors import ConfigError
+from skipllm_core.evals import paper
+from skipllm_core.evals.summary import HEADLINE, Row
+
+_SKIPPED = "skipped FFN blocks, %"
+_LABELS = {"exact": "exact match, %", "fact": "last answer right, %", "rougeL": "ROUGE-L, %"}
+
+
+def draw(out: Path, model: str, rows: Sequence[Row]) -> None:
+    """Writes accuracy.png, throughput.png, groups.png and warmup.png, each where it has rows."""
+    plain = [row for row in rows if row.setting.warmup_tokens is None]
+    tasks = list(dict.fromkeys(row.task for row in plain))
+    if tasks:
+        _draw_accuracy(out / "accuracy.png", plain, tasks, paper.is_paper_model(model))
+        _draw_throughput(out / "throughput.png", plain, tasks)
+    if summaries := [row for row in plain if row.task == "summarization"]:
+        _draw_groups(out / "groups.png", summaries)
+    if warm := [row for row in rows if row.setting.warmup_tokens is not None]:
+        _draw_warmups(out / "warmup.png", warm)
+
+
+def _label(rows: Sequence[Row]) -> str:
+    """What the headline score of these rows, of one task, is."""
+    name = HEADLINE[rows[0].task]
+    return _LABELS[name] if name in rows[0].scores else "same as the full model's, %"
+
+
+def _panels(num: int, *, share_y: bool = False) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("figures need matplotlib: pip install 'skipllm[eval]'") from None
+    figure = Figure(figsize=(4.6 * num, 3.8), layout="constrained")
+    return figure, figure.subplots(1, num, squeeze=False, sharey=share_y)[0]
+
+
+def _finish(axis: Any, title: str, x: str, y: str) -> None:
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _draw_accuracy(path: Path, rows: Sequence[Row], tasks: Sequence[str], is_paper: bool) -> None:
+    figure, axes = _panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for policy, line in _by_policy([row for row in rows if row.task == task]).items():
+            known = [row for row in line if row.headline is not None]
+            _curve(axis, known, [row.headline for row in known], policy)
+        if is_paper and task == "factoid_qa":
+            for name, points in paper.FACTOID.items():
+                x = [100 * ratio for ratio in points]
+                axis.plot(x, list(points.values()), "k:", lw=1, label=f"{name}, paper")
+        _finish(axis, task, _SKIPPED, _label([row for row in rows if row.task == task]))
+    figure.savefig(path, dpi=120)
+
+
+def _draw_throughput(path: Path, rows: Sequence[Row], tasks: Sequence[str]) -> None:
+    figure, axes = _panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        timed = [row for row in rows if row.task == task and row.tokens_per_s]
+        for policy, line in _by_policy(timed).items():
+            x = [100 * row.token_skip_ratio for row in line]
+            axis.plot(x, [row.tokens_per_s for row in line], "o-", label=policy)
+        _finish(axis, task, _SKIPPED, "decode throughput, tokens / s")
+        axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_groups(path: Path, rows: Sequence[Row]) -> None:
+    groups = list(rows[0].groups)
+    figure, axes = _panels(len(groups), share_y=True)
+    for axis, group in zip(axes, groups, strict=True):
+        for policy, line in _by_policy(rows).items():
+            _curve(axis, line, [row.groups[group] for row in line], policy)
+        _finish(
+            axis, f"articles: {group}", "skipped FFN blocks over all groups, %", _LABELS["rougeL"]
+        )
+    figure.savefig(path, dpi=120)
+
+
+def _draw_warmups(path: Path, rows: Sequence[Row]) -> None:
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    figure, axes = _panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        line = sorted(
+            (row for row in rows if row.task == task),
+            key=lambda row: row.setting.warmup_tokens or 0,
+        )
+        x = [row.setting.warmup_tokens for row in line]
+        y = [100 * row.headline.mean if row.headline else None for row in line]
+        axis.plot(x, y, "o-", label=_label(line))
+        skipped = [100 * row.token_skip_ratio for row in line]
+        axis.plot(x, skipped, "s--", color="grey", label=_SKIPPED)
+        _finish(axis, task, "warm-up tokens, decoded in full", "%")
+        axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+def _by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Each policy's rows from the full model on, by what they skipped."""
+    full = [row for row in rows if row.setting.policy == "never"]
+    policies = [p for p in dict.fromkeys(row.setting.policy for row in rows) if p != "never"]
+    return {
+        policy: sorted(
+            full + [row for row in rows if row.setting.policy == policy],
+            key=lambda row: row.token_skip_ratio,
+        )
+        for policy in policies
+    } or {"never": full}
+
+
+def _curve(axis: Any, rows: Sequence[Row], scores: Sequence[Any], label: str) -> None:
+    means = [100 * score.mean for score in scores]
+    below = [mean - 100 * score.low for mean, score in zip(means, scores, strict=True)]
+    above = [100 * score.high - mean for mean, score in zip(means, scores, strict=True)]
+    axis.errorbar(
+        [100 * row.token_skip_ratio for row in rows],
+        means,
+        yerr=[[max(0.0, b) for b in below], [max(0.0, a) for a in above]],
+        fmt="o-",
+        capsize=3,
+        label=label,
+    )

@@ -1,0 +1,159 @@
+"""From answers to the rows of the report. Nothing here asks a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from skipllm_core.evals.records import Record, Setting, Timing
+from skipllm_core.evals.scoring import (
+    bootstrap,
+    contains_answer,
+    exact_match,
+    is_collapsed,
+    is_repetitive,
+    rouge,
+    wilson,
+)
+from skipllm_core.evals.tasks import Item
+from skipllm_core.model.config import ModelConfig
+
+# The score that stands for a task in the tables and figures.
+HEADLINE = {"factoid_qa": "exact", "multi_turn": "fact", "summarization": "rougeL"}
+# Yes or no for each item; the others are means.
+_SHARES = ("exact", "contains", "fact", "agreement", "repetition", "collapse")
+_rouge = lru_cache(maxsize=100_000)(rouge)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean over items, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One setting on one task. Ratios are measured; `setting.ratio` is what was asked for."""
+
+    setting: Setting
+    task: str
+    scores: Mapping[str, Score]
+    groups: Mapping[str, Score]  # the headline score, by category or length
+    token_skip_ratio: float
+    weight_bytes_ratio: float | None  # None: the model's shape is not known (over HTTP)
+    weight_skip_ratio: float | None  # None: not told
+    tokens_per_s: float | None
+    ratings: Mapping[str, Score] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> Score | None:
+        """None where the task has no right answers and no full model's to compare with."""
+        return self.scores.get(HEADLINE[self.task]) or self.scores.get("agreement")
+
+
+def ffn_share(config: ModelConfig) -> float:
+    """FFN weights / all weights of a decoder layer, norms and biases aside (Llama-2-7B: 0.67)."""
+    ffn = 3 * config.hidden_size * config.intermediate_size
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    return ffn / (ffn + config.hidden_size * config.head_dim * heads)
+
+
+def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict[str, float]:
+    """Every score of one conversation; `full` are the full model's answers to it."""
+    last = answers[-1]
+    scores: dict[str, float] = {
+        "agreement": float(tuple(answers) == tuple(full)),
+        "repetition": float(any(is_repetitive(a) for a in answers)),
+        "collapse": float(any(is_collapsed(a) for a in answers)),
+    }
+    if item.task == "factoid_qa":
+        scores["exact"] = float(exact_match(last, item.accepted))
+        if item.is_short_answer:
+            scores["contains"] = float(contains_answer(last, item.accepted))
+    elif item.task == "multi_turn":
+        if item.accepted:
+            scores["fact"] = float(exact_match(last, item.accepted))
+        pairs = [_rouge(a, f)["rougeL"] for a, f in zip(answers, full, strict=True)]
+        scores["rougeL_full"] = sum(pairs) / len(pairs)
+    else:
+        scores.update(_rouge(last, item.accepted[0]))
+    return scores
+
+
+def summarise(
+    items: Sequence[Item],
+    settings: Sequence[Setting],
+    records: Mapping[tuple[Setting, str, str], Record],
+    timings: Sequence[Timing],
+    share: float | None,
+    full: Setting,
+    ratings: Mapping[tuple[Setting, str, str, str], float | None] | None = None,
+) -> list[Row]:
+    """A row per setting and task that has all its answers; others are left out."""
+    rows = []
+    for task in dict.fromkeys(item.task for item in items):
+        of_task = [item for item in items if item.task == task]
+        for setting in settings:
+            found = [records.get((setting, task, item.id)) for item in of_task]
+            fulls = [records.get((full, task, item.id)) for item in of_task]
+            if not all(found) or not all(fulls):
+                continue
+            answered = [r for r in found if r is not None]
+            judged = [
+                item_scores(item, one.answers, whole.answers if whole else ())
+                for item, one, whole in zip(of_task, answered, fulls, strict=True)
+            ]
+            names = dict.fromkeys(name for scores in judged for name in scores)
+            headline = HEADLINE[task] if HEADLINE[task] in names else "agreement"
+            groups = {
+                group: _score(
+                    headline,
+                    [s[headline] for i, s in zip(of_task, judged, strict=True) if i.group == group],
+                )
+                for group in dict.fromkeys(item.group for item in of_task)
+            }
+            skipped = sum(one.skipped_ffn_blocks for one in answered)
+            total = sum(one.total_ffn_blocks for one in answered)
+            ratio = skipped / total if total else 0.0
+            times = [t for t in timings if t.setting == setting and t.task == task]
+            reads = sum(t.ffn_weight_reads + t.ffn_weight_reads_avoided for t in times)
+            avoided = sum(t.ffn_weight_reads_avoided for t in times)
+            duration_s = sum(t.duration_s for t in times)
+            rows.append(
+                Row(
+                    setting=setting,
+                    task=task,
+                    scores={n: _score(n, [s[n] for s in judged if n in s]) for n in names},
+                    groups=groups,
+                    token_skip_ratio=ratio,
+                    weight_bytes_ratio=None if share is None else ratio * share,
+                    weight_skip_ratio=avoided / reads if reads else None,
+                    tokens_per_s=sum(t.num_tokens for t in times) / duration_s
+                    if duration_s
+                    else None,
+                    ratings=_ratings(setting, task, ratings or {}),
+                )
+            )
+    return rows
+
+
+def _ratings(
+    setting: Setting, task: str, ratings: Mapping[tuple[Setting, str, str, str], float | None]
+) -> dict[str, Score]:
+    by_aspect: dict[str, list[float]] = {}
+    for (of_setting, of_task, _, aspect), rating in ratings.items():
+        if (of_setting, of_task) == (setting, task) and rating is not None:
+            by_aspect.setdefault(aspect, []).append(rating)
+    return {a: Score(sum(v) / len(v), *bootstrap(v), len(v)) for a, v in by_aspect.items()}
+
+
+def _score(name: str, values: Sequence[float]) -> Score:
+    mean = sum(values) / len(values)
+    is_share = name in _SHARES
+    low, high = wilson(sum(values), len(values)) if is_share else bootstrap(values)
+    return Score(mean, low, high, len(values))

@@ -1,0 +1,156 @@
+"""What is asked: items of the three tasks, and the sets for the embedded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from skipllm_core.chat_template import Message
+from skipllm_core.demo.heldout import held_out_set
+from skipllm_core.evals.loaders import load_factoid_qa, load_multi_turn, load_summaries
+
+TaskName = Literal["factoid_qa", "multi_turn", "summarization"]
+TASKS: tuple[TaskName, ...] = ("factoid_qa", "multi_turn", "summarization")
+
+__all__ = ["TASKS", "Item", "TaskName", "bundled", "load"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One conversation to lead. `turns` are what the user says, one after the other, behind
+    `history`; the model answers each. `accepted` bears the right answers of the last turn (none:
+    the answer is judged by the full model's alone)."""
+
+    task: TaskName
+    id: str
+    group: str  # category, or length group
+    turns: tuple[str, ...]
+    history: tuple[Message, ...] = ()
+    accepted: tuple[str, ...] = ()
+    is_short_answer: bool = False  # a name, which chat models like to wrap into a sentence
+
+
+# The embedded model's conversations, in categories of what it can do. The model answers the first
+# turn itself, but where the second is about a story: there the story is given as its own.
+_CATEGORIES = (
+    "follow_ups",
+    "names",
+    "story_questions",
+    "own_summaries",
+    "arithmetic",
+    "small_talk",
+    "unknowns",
+    "informal_facts",
+)
+
+
+def bundled(task: TaskName, limit: int) -> list[Item]:
+    """At most `limit` items for the embedded model, of prompts that training never showed."""
+    match task:
+        case "factoid_qa":
+            return [
+                Item(
+                    task=task,
+                    id=f"facts-{n}",
+                    group="facts",
+                    turns=(one.messages[-1]["content"],),
+                    accepted=(one.answer or "",),
+                )
+                for n, one in enumerate(held_out_set("facts", limit))
+            ]
+        case "multi_turn":
+            return _dialogues(limit)
+        case "summarization":
+            items = [
+                Item(
+                    task=task,
+                    id=f"summaries-{n}",
+                    group="",
+                    turns=(one.messages[-1]["content"],),
+                    accepted=(one.answer or "",),
+                )
+                for n, one in enumerate(held_out_set("summaries", limit))
+            ]
+            return by_terciles(items)
+
+
+def by_terciles(items: list[Item]) -> list[Item]:
+    """Groups by length in words, a third of the items in each: texts too short for the paper's."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i].turns[-1].split()))
+    third = {at: 3 * rank // len(order) for rank, at in enumerate(order)}
+    names = ("short", "medium", "long")
+    grouped = [replace(item, group=names[third[at]]) for at, item in enumerate(items)]
+    return sorted(grouped, key=lambda item: names.index(item.group))
+
+
+def _dialogues(limit: int) -> list[Item]:
+    items = []
+    for at, kind in enumerate(_CATEGORIES):
+        num = limit // len(_CATEGORIES) + (at < limit % len(_CATEGORIES))
+        # A conversation of one turn is led on with a second one of its kind.
+        asked = held_out_set(kind, 2 * num)
+        for n in range(num):
+            one, other = asked[n], asked[n + num]
+            if len(one.messages) > 1:
+                turns = tuple(m["content"] for m in one.messages if m["role"] == "user")
+                # A story that the model tells itself is another than the one the set expects.
+                of_story = kind in ("own_summaries", "story_questions")
+                history: tuple[Message, ...] = ()
+                if of_story:
+                    history, turns = tuple(one.messages[:-1]), turns[-1:]
+                accepted = (one.answer or "",)
+            else:
+                turns = (one.messages[0]["content"], other.messages[0]["content"])
+                history, accepted = (), (other.answer or "",)
+            items.append(
+                Item(
+                    task="multi_turn",
+                    id=f"{kind}-{n}",
+                    group=kind,
+                    turns=turns,
+                    history=history,
+                    accepted=accepted,
+                )
+            )
+    return items
+
+
+def load(task: TaskName, path: str, limit: int) -> list[Item]:
+    """Items of a file, or of a hub id as `hub:NAME`. Raises ConfigError."""
+    match task:
+        case "factoid_qa":
+            return [
+                Item(
+                    task=task,
+                    id=q.id,
+                    group="all",
+                    turns=(f"{q.question}\nAnswer with the name alone.",),
+                    accepted=q.answers,
+                    is_short_answer=True,
+                )
+                for q in load_factoid_qa(path)[:limit]
+            ]
+        case "multi_turn":
+            return [
+                Item(task=task, id=q.id, group=q.category, turns=q.turns)
+                for q in load_multi_turn(path)[:limit]
+            ]
+        case "summarization":
+            return [
+                Item(
+                    task=task,
+                    id=a.id,
+                    group=length_group(a.article),
+                    turns=(f"Summarize this article in three sentences.\n\n{a.article}",),
+                    accepted=(a.highlights,),
+                )
+                for a in load_summaries(path)[:limit]
+            ]
+
+
+def length_group(article: str) -> str:
+    """The paper's three groups, by words."""
+    num_words = len(article.split())
+    if num_words < 470:
+        return "< 470"
+    return "470-790" if num_words <= 790 else "> 790"
