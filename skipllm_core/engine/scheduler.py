@@ -14,7 +14,7 @@ from skipllm_core.types import StepKind
 # Beside running streams, which wait for each of its steps, a prompt is spread over this many: a
 # short one delays them hardly, a long one is not starved by them. No step takes more than a share
 # of the token budget, so there is a longest wait.
-INTERLEAVED_STEPS = 10
+INTERLEAVED_STEPS = 11
 INTERLEAVED_SHARE = 4
 
 

@@ -213,7 +213,7 @@ def test_running_streams_wait_for_one_chunk_at_most() -> None:
 @pytest.mark.parametrize(
     ("num_streams", "num_prompt_tokens", "chunk"),
     [
-        (2, 128, 13),  # a tenth
+        (2, 128, 12),  # an eleventh
         (2, 30, 4),  # the least that pays
         (14, 128, 14),  # what a step of the streams costs
         (2, 4000, 128),  # a quarter of the budget
