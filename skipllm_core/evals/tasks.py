@@ -48,30 +48,24 @@ def bundled(task: TaskName, limit: int) -> list[Item]:
     """At most `limit` items for the embedded model, of prompts that training never showed."""
     match task:
         case "factoid_qa":
-            return [
-                Item(
-                    task=task,
-                    id=f"facts-{n}",
-                    group="facts",
-                    turns=(one.messages[-1]["content"],),
-                    accepted=(one.answer or "",),
-                )
-                for n, one in enumerate(held_out_set("facts", limit))
-            ]
+            return _single_turns(task, "facts", limit, group="facts")
         case "multi_turn":
             return _dialogues(limit)
         case "summarization":
-            items = [
-                Item(
-                    task=task,
-                    id=f"summaries-{n}",
-                    group="",
-                    turns=(one.messages[-1]["content"],),
-                    accepted=(one.answer or "",),
-                )
-                for n, one in enumerate(held_out_set("summaries", limit))
-            ]
-            return by_terciles(items)
+            return by_terciles(_single_turns(task, "summaries", limit, group=""))
+
+
+def _single_turns(task: TaskName, kind: str, limit: int, *, group: str) -> list[Item]:
+    return [
+        Item(
+            task=task,
+            id=f"{kind}-{n}",
+            group=group,
+            turns=(one.messages[-1]["content"],),
+            accepted=(one.answer or "",),
+        )
+        for n, one in enumerate(held_out_set(kind, limit))
+    ]
 
 
 def by_terciles(items: list[Item]) -> list[Item]:

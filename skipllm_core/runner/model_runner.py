@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens up to which the CPU's kernels compute a prompt's step faster than torch's products do
 # (`skipllm bench prefill`).
-MIN_KERNEL_ROWS = 32
+KERNEL_PREFILL_TOKENS = 32
 
 
 class TorchModelRunner:
@@ -115,7 +115,9 @@ class TorchModelRunner:
         ends = accumulate(row.num_tokens for row in rows)
         last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         tokens = [seq.token_ids[position] for seq, position in places]
-        if self.cpu_decoder is not None and len(tokens) <= self.cpu_decoder.max_num_rows:
+        if self.cpu_decoder is not None and len(tokens) <= (
+            self.cpu_decoder.max_num_rows if len(tokens) == len(rows) else KERNEL_PREFILL_TOKENS
+        ):
             return cpu_step(
                 self.cpu_decoder,
                 tokens,
@@ -147,7 +149,7 @@ class TorchModelRunner:
         return CpuDecoder(
             self.model,
             self.kv_cache,
-            max_num_rows=max(config.max_num_seqs, MIN_KERNEL_ROWS),
+            max_num_rows=max(config.max_num_seqs, KERNEL_PREFILL_TOKENS),
             max_model_len=self.max_model_len,
             num_threads=torch.get_num_threads(),
         )

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skipllm_core.engine.runner import ScheduledSeq
-from skipllm_core.runner.model_runner import MIN_KERNEL_ROWS, TorchModelRunner
+from skipllm_core.runner.model_runner import KERNEL_PREFILL_TOKENS, TorchModelRunner
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.policy import NeverGate
 from skipllm_core.types import SamplingParams, SkipParams
@@ -94,12 +94,32 @@ def test_a_short_piece_of_a_prompt_is_computed_by_the_kernels_as_by_torch(model_
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+def test_a_long_piece_of_a_prompt_is_torchs_however_many_rows_are_served(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TorchModelRunner(engine_config(model_dir, load_format="auto", max_num_seqs=64))
+    assert runner.cpu_decoder is not None
+    steps: list[int] = []
+    begin = runner.cpu_decoder.begin
+
+    def count(token_ids: list[int], *rest: list[int]) -> None:
+        steps.append(len(token_ids))
+        begin(token_ids, *rest)
+
+    monkeypatch.setattr(runner.cpu_decoder, "begin", count)
+    for num_tokens in (KERNEL_PREFILL_TOKENS + 1, KERNEL_PREFILL_TOKENS):
+        seq = Sequence(0, [5] * num_tokens, SamplingParams(max_tokens=1))
+        seq.block_table = [0, 1, 2]
+        runner.logits([ScheduledSeq(seq, num_tokens)], NeverGate(num_tokens))
+    assert steps == [KERNEL_PREFILL_TOKENS]
+
+
 def test_a_step_of_more_rows_than_the_kernels_have_room_for_is_torchs(model_dir: Path) -> None:
     """Calibration may look at more rows side by side than are ever served."""
     config = engine_config(model_dir, load_format="auto", max_num_seqs=4)  # room for 64 blocks
     runner = TorchModelRunner(config)
     rows = []
-    for n in range(MIN_KERNEL_ROWS + 1):
+    for n in range(KERNEL_PREFILL_TOKENS + 1):
         seq = Sequence(0, [5, 6, 7 + n % 9], SamplingParams(max_tokens=1))
         seq.block_table = [n]
         runner.logits([ScheduledSeq(seq, 2)], NeverGate(2))
