@@ -163,7 +163,7 @@ class DeviceSampler:
         temperature, top_p, min_p = self.settings[:num_rows, :3, None].unbind(dim=1)
         is_greedy = temperature < MIN_TEMPERATURE
         best = logits.amax(dim=-1, keepdim=True)
-        scores = (logits - best) / torch.where(is_greedy, 1.0, temperature)
+        scores = (logits - best) / temperature.masked_fill(is_greedy, 1.0)
         scores = scores.masked_fill(scores < min_p.log(), -torch.inf)
         if kind is SamplingKind.CUT:
             scores = _cut(scores, self.top_ks[:num_rows, None], top_p)

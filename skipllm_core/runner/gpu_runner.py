@@ -133,7 +133,7 @@ class GpuModelRunner(TorchModelRunner):
 
     def _logprobs(self, asking: list[tuple[int, ScheduledSeq]]) -> list[Tensor]:
         """Of the tokens just sampled, and the best of their positions."""
-        index = torch.tensor([slot for slot, _ in asking], device=self._device)
+        index = _to_device(torch.tensor([slot for slot, _ in asking]), self.rows)
         count = min(max(row.seq.params.logprobs or 0 for _, row in asking), self.vocab_size)
         logprobs = self.rows.logits[index].log_softmax(dim=-1)
         chosen = logprobs.gather(1, self.sampler.results[index, :1].long())[:, 0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -82,7 +83,11 @@ def direct(launch: Launch) -> Launch:
 
 
 class CudaCapture:
-    """Captures launches as CUDA graphs that share one memory pool; they never run side by side."""
+    """Captures launches as CUDA graphs that share one memory pool; they never run side by side.
+
+    A graph knows addresses and no tensors: it keeps its launch, so that what that reads and writes
+    is not freed (and lent to others) under it.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -96,8 +101,11 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             launch()
-        replay: Launch = graph.replay
-        return replay
+        return partial(_replay, graph, launch)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _kept: Launch) -> None:
+    graph.replay()
 
 
 def _cuda_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.runner.device_sampler import DeviceSampler, SamplingKind, sampling_kind
@@ -175,3 +176,18 @@ def test_a_row_that_is_not_finite_is_told_and_harms_no_other(
     sampler.rows.logits[0, 3] = bad
     sampler.step(2, kind)
     assert sampler.results[:2].tolist() == [[0, 0], [best, 1]]
+
+
+def test_no_variate_is_zero_however_the_bits_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zero's token would be drawn from under any logits."""
+    from skipllm_core.kernels.gpu import noise
+
+    def extremes(*_: object) -> tuple[object, ...]:
+        token_ids = tl.arange(0, 1024)
+        bits = tl.where(token_ids % 2 == 0, 0, -1).to(tl.uint32, bitcast=True)
+        return bits, bits, bits, bits
+
+    monkeypatch.setattr(tl, "philox", extremes)
+    out = torch.zeros(1, 2)
+    noise.exponentials(out, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32))
+    assert out[0].tolist() == pytest.approx([16.6355, 5.96e-8], rel=1e-3)

@@ -29,8 +29,9 @@ def _exponentials_kernel(out, seeds, indices, vocab_size, stride, BLOCK: tl.cons
     bits, _, _, _ = tl.philox(
         tl.load(seeds + row), token_ids, zeros + tl.load(indices + row), zeros, zeros
     )
-    # 24 bits, the middles of as many cells of (0, 1): neither end comes, so the log is finite.
-    uniform = ((bits >> 8).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
+    # The middles of 2**23 cells of (0, 1), exact in float32. (Those of 2**24 are not: the last one
+    # rounds to 1, whose variate is 0, and a token with that is drawn whatever its logit.)
+    uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
     tl.store(
         out + row.to(tl.int64) * stride + token_ids, -tl.log(uniform), mask=token_ids < vocab_size
     )
