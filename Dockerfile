@@ -17,6 +17,11 @@ COPY skipllm_core skipllm_core
 RUN pip install --no-cache-dir --no-deps --prefix /package .
 
 FROM python:3.11-slim
+# Triton builds its driver and launches with it, on the machine that has the GPU.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 # Group 0 and group-writable folders: platforms that pick their own uid (OpenShift) work too.
 RUN useradd --uid 1000 --gid 0 --create-home skipllm \
     && install -d -o 1000 -g 0 -m 0775 /models
@@ -24,6 +29,7 @@ COPY --from=build /opt/skipllm /opt/skipllm
 COPY --from=build /package /opt/skipllm
 ENV PATH=/opt/skipllm/bin:$PATH \
     HF_HOME=/models \
+    TRITON_CACHE_DIR=/models/.triton \
     PYTHONUNBUFFERED=1 \
     SKIPLLM_HOST=0.0.0.0
 USER 1000:0

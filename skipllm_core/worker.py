@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import zmq
@@ -39,20 +40,31 @@ def build_engine(config: EngineConfig) -> Engine:
     # Here, and not above: the client imports this module and must stay free of torch.
     from skipllm_core.runner.model_runner import TorchModelRunner, resolve_device
 
-    runner: TorchModelRunner | None = None
-    if not config.enforce_eager and resolve_device(config.device).type == "cuda":
-        try:
-            from skipllm_core.runner.gpu_runner import GpuModelRunner
-
-            kernels = importlib.import_module("skipllm_core.kernels.gpu.decoder")
-        except ImportError as error:
-            logger.warning("decoding with torch alone, slower: no GPU kernels (%s)", error)
-        else:
-            is_joint = config.consensus is not None
-            runner = GpuModelRunner(config, partial(kernels.GpuDecoder, consensus=is_joint))
-    if runner is None:
+    is_cuda = resolve_device(config.device).type == "cuda"
+    kernels = gpu_kernels(config) if is_cuda and not config.enforce_eager else None
+    if kernels is None:
         runner = TorchModelRunner(config)
+    else:
+        from skipllm_core.runner.gpu_runner import GpuModelRunner
+
+        is_joint = config.consensus is not None
+        runner = GpuModelRunner(config, partial(kernels.GpuDecoder, consensus=is_joint))
     return Engine(runner, config, runner.max_model_len)
+
+
+def gpu_kernels(config: EngineConfig) -> ModuleType | None:
+    """The module of the decode step's kernels; None, and a warning, where Triton cannot run: it
+    may be missing, or the C compiler that it builds its driver with when first used."""
+    try:
+        kernels = importlib.import_module("skipllm_core.kernels.gpu.decoder")
+        driver = importlib.import_module("triton.runtime.driver").driver
+        if config.quantization == "fp8" and driver.active.get_current_target().arch < 89:
+            raise ConfigError("they read fp8 on compute capability 8.9 and later")
+        driver.active.get_current_device()
+    except Exception as error:
+        logger.warning("decoding with torch alone, slower: no GPU kernels (%s)", error)
+        return None
+    return kernels
 
 
 def serve_engine(
