@@ -86,6 +86,8 @@ def load_model(
 def _allocate(config: ModelConfig, place: Place) -> LlamaModel:
     try:
         return LlamaModel(config, place=place)
+    except torch.OutOfMemoryError:
+        raise  # a device's: whoever loads knows what can be lowered
     except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the model's weights do not fit into memory: {reason}") from error

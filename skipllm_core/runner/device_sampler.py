@@ -22,6 +22,10 @@ from skipllm_core.runner.sampler import MIN_TEMPERATURE
 from skipllm_core.sequence import Sequence
 from skipllm_core.types import SamplingParams
 
+# What a step takes for a while, at most, per row and token of the vocabulary: 25 for its tensors,
+# the rest for what torch's sort takes beside them.
+STEP_BYTES_PER_LOGIT = 64
+
 
 class SamplingKind(IntEnum):
     """What a step's sampling has to be able to do; each kind does what those before it do."""

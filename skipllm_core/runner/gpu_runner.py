@@ -9,12 +9,18 @@ from torch import Tensor
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
-from skipllm_core.errors import ConfigError
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.runner.device_sampler import DeviceSampler, sampling_kind
-from skipllm_core.runner.graphs import Capture, CudaCapture, DecodeGraphs, Decoder
+from skipllm_core.runner.graphs import (
+    Capture,
+    CudaCapture,
+    DecodeGraphs,
+    Decoder,
+    reserve_bytes,
+)
 from skipllm_core.runner.kv_cache import KVCache
+from skipllm_core.runner.memory import allocated_bytes, held_tensors, tells_what_to_lower
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.runner.sampler import NOT_FINITE
 from skipllm_core.runner.slots import Slots
@@ -35,6 +41,7 @@ class GpuModelRunner(TorchModelRunner):
     memory runs out.
     """
 
+    @tells_what_to_lower
     @torch.inference_mode()
     def __init__(
         self,
@@ -42,25 +49,42 @@ class GpuModelRunner(TorchModelRunner):
         make_decoder: MakeDecoder,
         make_capture: Callable[[], Capture] = CudaCapture,
     ) -> None:
-        try:
-            super().__init__(config)
-            self.rows = DeviceRows(
-                max_num_rows=config.max_num_seqs,
-                max_blocks=self._num_blocks_for(self.max_model_len),
-                num_layers=self.num_layers,
-                vocab_size=self.vocab_size,
-                device=self._device,
-            )
-            if config.consensus is not None:
-                numbers = [config.consensus.share, config.consensus.slack]
-                self.rows.consensus.copy_(torch.tensor(numbers))
-            self.sampler = DeviceSampler(self.rows)
-            decoder = make_decoder(self.model, self.kv_cache, self.rows)
-            self.graphs = DecodeGraphs(decoder, self.sampler, config.max_num_seqs, make_capture())
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(_out_of_memory(config, error)) from error
+        self._make_decoder = make_decoder
+        super().__init__(config)
+        self.rows = self._new_rows(config.max_num_seqs, self.max_model_len, self._device)
+        if config.consensus is not None:
+            numbers = [config.consensus.share, config.consensus.slack]
+            self.rows.consensus.copy_(torch.tensor(numbers))
+        self.sampler = DeviceSampler(self.rows)
+        decoder = make_decoder(self.model, self.kv_cache, self.rows)
+        self.graphs = DecodeGraphs(decoder, self.sampler, config.max_num_seqs, make_capture())
         self._slots = Slots()
         self._num_blocks = [0] * config.max_num_seqs  # of each slot's table, as the device has it
+
+    def _new_rows(self, max_num_rows: int, max_model_len: int, device: torch.device) -> DeviceRows:
+        return DeviceRows(
+            max_num_rows=max_num_rows,
+            max_blocks=self._num_blocks_for(max_model_len),
+            num_layers=self.num_layers,
+            vocab_size=self.vocab_size,
+            device=device,
+        )
+
+    def _decode_bytes(self, config: EngineConfig, max_model_len: int) -> int:
+        """Of all buffers, exactly, made on no device to be counted; and a reserve for graphs."""
+        nowhere = torch.device("meta")
+        rows = self._new_rows(config.max_num_seqs, max_model_len, nowhere)
+        cache = KVCache(
+            self.model.config,
+            num_blocks=0,
+            block_size=self.block_size,
+            dtype=self._dtype,
+            device=nowhere,
+        )
+        decoder = self._make_decoder(self.model, cache, rows)
+        buffers = (*held_tensors(rows), *held_tensors(DeviceSampler(rows)), *decoder.buffers)
+        reserve = reserve_bytes(config.max_num_seqs, self.num_layers, self.vocab_size)
+        return allocated_bytes(buffers) + reserve
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
@@ -233,12 +257,3 @@ def _result(
     num_layers = len(needed)
     num_avoided = sum(num_rows == 0 for num_rows in needed) if can_skip else 0
     return StepResult(tuple(results), num_layers - num_avoided, num_avoided)
-
-
-def _out_of_memory(config: EngineConfig, error: torch.OutOfMemoryError) -> str:
-    return (
-        "the GPU's memory does not suffice. Lower --max-model-len "
-        f"({config.max_model_len or 'as the model was made for'}), --max-num-seqs "
-        f"({config.max_num_seqs}) or --gpu-memory-utilization ({config.gpu_memory_utilization}), "
-        f"or use --quantization int8: {str(error).splitlines()[0]}"
-    )

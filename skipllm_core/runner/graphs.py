@@ -13,12 +13,25 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from skipllm_core.runner.device_sampler import DeviceSampler, SamplingKind
+from skipllm_core.runner.device_sampler import (
+    STEP_BYTES_PER_LOGIT,
+    DeviceSampler,
+    SamplingKind,
+)
 
 logger = logging.getLogger(__name__)
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+# What a captured launch takes on the device. An assumption until measured: vLLM's logs tell of 24
+# to 28 MiB for the graph of a whole step (its issue 50780 and pull request 22897), which has some
+# hundred launches.
+NODE_BYTES = 2**16
+# At most: of a layer and beside the layers (see kernels/gpu/decoder.py), of a sampler's graph, and
+# of a sort, which torch does row by row.
+LAYER_NODES, STEP_NODES, SAMPLER_NODES, SORT_NODES_PER_ROW = 9, 4, 60, 12
 
 Launch = Callable[[], None]
 Capture = Callable[[Launch], Launch]  # a launch -> what launches the same from now on
@@ -26,6 +39,9 @@ Capture = Callable[[Launch], Launch]  # a launch -> what launches the same from 
 
 class Decoder(Protocol):
     """The model's part of a decode step over `DeviceRows`; see kernels/gpu."""
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]: ...  # what it has beside the rows and the model
 
     def step(self, num_rows: int, *, can_skip: bool) -> None: ...
 
@@ -35,6 +51,16 @@ def buckets(max_num_rows: int) -> tuple[int, ...]:
     largest = _BUCKETS[-1]
     above = range(2 * largest, max_num_rows, largest)
     return (*(n for n in (*_BUCKETS, *above) if n < max_num_rows), max_num_rows)
+
+
+def reserve_bytes(max_num_rows: int, num_layers: int, vocab_size: int) -> int:
+    """What the graphs of `DecodeGraphs` are reckoned to take: their launches, and the memory that
+    the sampler's share, which are those of most rows."""
+    all_rows = buckets(max_num_rows)
+    num_graphs = len(SamplingKind)
+    num_nodes = len(all_rows) * 2 * (LAYER_NODES * num_layers + STEP_NODES)
+    num_nodes += len(all_rows) * num_graphs * SAMPLER_NODES + sum(all_rows) * SORT_NODES_PER_ROW
+    return num_nodes * NODE_BYTES + max_num_rows * vocab_size * STEP_BYTES_PER_LOGIT
 
 
 class DecodeGraphs:

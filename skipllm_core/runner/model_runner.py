@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence as Rows
 from dataclasses import replace
 from itertools import accumulate
 
@@ -19,16 +19,26 @@ from skipllm_core.model.config import load_model_config
 from skipllm_core.model.loader import load_model, resolve_dtype
 from skipllm_core.runner.decode import cpu_step, decode_step, gated_forward
 from skipllm_core.runner.kv_cache import KVCache
-from skipllm_core.runner.memory import cpu_budget_bytes, cuda_budget_bytes
+from skipllm_core.runner.memory import (
+    SEGMENT_BYTES,
+    cpu_budget_bytes,
+    cuda_budget_bytes,
+    mib,
+    tells_what_to_lower,
+)
 from skipllm_core.runner.sampler import sample
+from skipllm_core.sequence import Sequence
 from skipllm_core.skip.consensus import ConsensusGate
 from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoided, skip_at
+from skipllm_core.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 # Tokens up to which the CPU's kernels compute a prompt's step faster than torch's products do
 # (`skipllm bench prefill`).
 KERNEL_PREFILL_TOKENS = 32
+
+DEAREST_SAMPLING = SamplingParams(max_tokens=1, top_p=0.9, repetition_penalty=1.1, logprobs=0)
 
 
 class TorchModelRunner:
@@ -38,6 +48,7 @@ class TorchModelRunner:
     Raises ConfigError when the device, the model or the KV cache cannot be had.
     """
 
+    @tells_what_to_lower
     @torch.inference_mode()
     def __init__(self, config: EngineConfig) -> None:
         if config.num_threads is not None:
@@ -104,7 +115,7 @@ class TorchModelRunner:
         return gate_for(skips)
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[ScheduledSeq], gate: SkipGate) -> Tensor:
+    def logits(self, rows: Rows[ScheduledSeq], gate: SkipGate) -> Tensor:
         """Computes the rows' scheduled tokens, under a gate with one row per token. Returns the
         logits [num_sampling_rows, vocab] that the rows which sample have to sample from."""
         places = [
@@ -182,40 +193,44 @@ class TorchModelRunner:
             if self._device.type == "cuda":
                 more += " or --gpu-memory-utilization"
             raise ConfigError(
-                f"one sequence of {max_model_len} tokens needs {_mib(needed)} of KV cache, but it "
-                f"may take {_mib(max(0, budget))}: raise {more}, or lower --max-model-len"
+                f"one sequence of {max_model_len} tokens needs {mib(needed)} of KV cache, but it "
+                f"may take {mib(max(0, budget))}: raise {more}, or lower --max-model-len"
             )
         fitting = num_blocks * self.block_size
         logger.warning(
             "the context is cut from %d to %d tokens: more do not fit into the KV cache of %s",
             max_model_len,
             fitting,
-            _mib(budget),
+            mib(budget),
         )
         return fitting, num_blocks
 
     def _free_bytes(self, config: EngineConfig, max_model_len: int) -> int:
         if self._device.type == "cpu":
             return cpu_budget_bytes()
-        return cuda_budget_bytes(
+        budget = cuda_budget_bytes(
             self._device,
             config.gpu_memory_utilization,
-            lambda: self._run_largest_step(config.max_num_batched_tokens, max_model_len),
+            lambda: self._run_largest_step(config, max_model_len),
         )
+        rounding = 2 * self.num_layers * SEGMENT_BYTES  # K and V of each layer
+        return budget - rounding - self._decode_bytes(config, max_model_len)
 
-    def _run_largest_step(self, max_num_batched_tokens: int, max_model_len: int) -> None:
-        """A prefill of as many tokens as a step may have, through a cache of its own."""
-        num_tokens = min(max_num_batched_tokens, max_model_len)
-        num_rows = max_num_batched_tokens // num_tokens
-        num_blocks = self._num_blocks_for(num_tokens)
-        rows = [
-            ContextRow(0, num_tokens, range(row * num_blocks, (row + 1) * num_blocks))
-            for row in range(num_rows)
-        ]
-        ctx = self.model.context(rows, self._new_cache(num_rows * num_blocks))
+    def _decode_bytes(self, config: EngineConfig, max_model_len: int) -> int:
+        """What decode steps keep on the device beside the cache."""
+        return 0
+
+    def _run_largest_step(self, config: EngineConfig, max_model_len: int) -> None:
+        """A prefill of as many tokens as a step may have, at the end of the longest context, and
+        the dearest sampling of as many rows as there may be. All context lies in one block."""
+        num_tokens = min(config.max_num_batched_tokens, max_model_len)
+        num_rows = config.max_num_batched_tokens // num_tokens
+        table = [0] * self._num_blocks_for(max_model_len)
+        rows = [ContextRow(max_model_len - num_tokens, num_tokens, table)] * num_rows
+        ctx = self.model.context(rows, self._new_cache(1))
         token_ids = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=self._device)
-        h = self.model(token_ids, ctx)
-        self.model.head(h[:num_rows])
+        logits = self.model.head(self.model(token_ids, ctx)[: config.max_num_seqs])
+        sample(logits, [Sequence(0, [0], DEAREST_SAMPLING) for _ in logits])
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -229,6 +244,8 @@ class TorchModelRunner:
                 dtype=self._dtype,
                 device=self._device,
             )
+        except torch.OutOfMemoryError:
+            raise  # a device's: there is more that can be lowered
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises RuntimeError
             reason = str(error).splitlines()[0]
             raise ConfigError(
@@ -247,7 +264,3 @@ def resolve_device(device: Device) -> torch.device:
 
 def _start(row: ScheduledSeq) -> int:
     return row.seq.num_computed_tokens
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.llama import LlamaModel
@@ -12,6 +14,8 @@ from skipllm_core.types import SkipParams
 
 
 class ReferenceDecoder:
+    buffers: tuple[Tensor, ...] = ()
+
     def __init__(self, model: LlamaModel, kv_cache: KVCache, rows: DeviceRows) -> None:
         self.model, self.kv_cache, self.rows = model, kv_cache, rows
         self.steps: list[tuple[int, bool]] = []

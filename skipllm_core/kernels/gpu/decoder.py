@@ -76,10 +76,17 @@ class GpuDecoder:
         max_len = rows.block_tables.shape[1] * kv_cache.block_size
         attention = model.blocks[0].attention
         self._scratch = AttentionScratch(rows, attention, max_len, min_split=min_split)
-        cos, sin = model.rotary.cos_sin(torch.arange(max_len, device=device))
+        cos, sin = model.rotary.cos_sin(torch.arange(max_len, device=model.embedding.device))
         half = config.head_dim // 2  # one of the two halves says all: the second sine is +sin
-        self._cos = cos[:, 0, :half].contiguous()
-        self._sin = sin[:, 0, half:].contiguous()
+        self._cos = cos[:, 0, :half].contiguous().to(device)
+        self._sin = sin[:, 0, half:].contiguous().to(device)
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """What it keeps beside the model, the cache and the rows."""
+        own = (self._h, self._qkv, self._mixed, self._act, self._parts, self._cos, self._sin)
+        scratch = self._scratch
+        return (*own, *self._state, scratch.maxima, scratch.sums, scratch.partial)
 
     def step(self, num_rows: int, *, can_skip: bool) -> None:
         """One token of each of the first `num_rows` rows: logits, K and V, and what was skipped.
