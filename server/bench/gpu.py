@@ -51,6 +51,14 @@ def gpu(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write one JSON object a line per row."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw step time against forced skips with the fit, and speed-up against skip "
+            "ratio, as PNG.",
+        ),
+    ] = None,
 ) -> None:
     """Measure the decode step's kernels on a CUDA device, with random weights in bfloat16."""
     with told_in_one_line():
@@ -59,7 +67,7 @@ def gpu(
         contexts = numbers("--context", context, int, least=1)
         skips = numbers("--forced-skip", forced_skip, int)
         kinds = names("--quantization", quantization, _QUANTIZATIONS)
-        check_surroundings(compare, None, json_file)
+        check_surroundings(compare, plot, json_file)
 
         from skipllm_core.bench.gpu_plan import Plan
         from skipllm_core.bench.gpu_report import run_plan
@@ -73,4 +81,4 @@ def gpu(
             compare=compare is not None,
             budget_s=budget,
         )
-        run_plan(plan, json_file)
+        run_plan(plan, json_file, plot)

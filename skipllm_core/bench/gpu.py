@@ -61,7 +61,7 @@ class Fit:
     max_residual_ms: float
 
     @classmethod
-    def of(cls, skipped: Sequence[int], ms: Sequence[float]) -> Fit:
+    def of(cls, skipped: Sequence[float], ms: Sequence[float]) -> Fit:
         """At least two different numbers of skipped blocks."""
         mean_x, mean_y = statistics.fmean(skipped), statistics.fmean(ms)
         covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(skipped, ms, strict=True))

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -104,19 +105,22 @@ def measure_plan(
                     if clock() > end_s:
                         yield Told(f"left out, as the time is used up: {what}")
                         continue
-                    if model is None:
-                        model = load_shape(shape, dtype, device, quantization)
-                    if not _fits(model, batch, context):
-                        yield Told(f"left out, as its KV cache does not fit: {what}")
-                        continue
-                    bench = StepBench(
-                        model, batch=batch, context=context, capture=make_capture(), tiles=tiles
-                    )
-                    yield from _measure_case(
-                        bench, plan, shape, str(dtype).removeprefix("torch."), quantization,
-                        bytes_per_s,
-                    )  # fmt: skip
-                    del bench
+                    try:
+                        if model is None:
+                            model = load_shape(shape, dtype, device, quantization)
+                        if not _fits(model, batch, context):
+                            yield Told(f"left out, as its KV cache does not fit: {what}")
+                            continue
+                        yield from _measure_case(
+                            partial(
+                                StepBench, model, batch=batch, context=context,
+                                capture=make_capture(), tiles=tiles,
+                            ),
+                            plan, shape, str(dtype).removeprefix("torch."), quantization,
+                            bytes_per_s,
+                        )  # fmt: skip
+                    except torch.OutOfMemoryError:
+                        yield Told(f"left out, as the memory does not suffice: {what}")
             del model
         if plan.compare and clock() <= end_s:
             yield from _measure_transformers(plan, shape, device, dtype)
@@ -129,17 +133,19 @@ def _fits(model: LlamaModel, batch: int, context: int) -> bool:
     needed = KVCache.block_bytes(
         model.config, block_size=1, dtype=model.embedding.dtype
     ) * batch * (context + 64)  # fmt: skip
+    torch.cuda.empty_cache()  # what the case before has left is free, but the driver does not know
     return needed < 0.9 * torch.cuda.mem_get_info(device)[0]
 
 
 def _measure_case(
-    bench: StepBench,
+    make_bench: Callable[[], StepBench],
     plan: Plan,
     shape: str,
     dtype: str,
     quantization: Quantization,
     bytes_per_s: float,
 ) -> Iterator[GpuMeasurement | Told]:
+    bench = make_bench()  # here, so that its memory is free when the case ends, and if it fails
     never_ms = bench.never(plan.num_replays)
 
     def row(policy: GpuPolicy, ms: float, skipped: Sequence[int]) -> GpuMeasurement:

@@ -19,8 +19,8 @@ from skipllm_core.runner.graphs import CudaCapture
 
 
 @torch.inference_mode()
-def run_plan(plan: Plan, json_file: Path | None) -> None:
-    """Measures, prints, and writes a JSON object a line as soon as it is measured. Raises
+def run_plan(plan: Plan, json_file: Path | None, plot_file: Path | None) -> None:
+    """Measures, prints, writes a JSON object a line as soon as it is measured, and draws. Raises
     ConfigError without a CUDA device."""
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -61,6 +61,19 @@ def run_plan(plan: Plan, json_file: Path | None) -> None:
                     file.write(json.dumps(asdict(item)) + "\n")
     finally:  # what was measured before an interruption is worth telling
         console.print(gpu_table(rows))
+        if plot_file is not None:
+            draw(rows, plot_file, torch.cuda.get_device_name(device), console)
+
+
+def draw(rows: Sequence[GpuMeasurement], path: Path, device_name: str, console: Console) -> None:
+    """The plot, if there is something to plot."""
+    from skipllm_core.bench.gpu_plot import plot_steps
+
+    if not any(row.policy == "forced" for row in rows):
+        console.print(f"note       {path} is not written: no forced skip was measured")
+        return
+    plot_steps(rows, path, device_name=device_name)
+    console.print(f"wrote      {path}")
 
 
 def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from skipllm_core.bench.measurement import DecodeMeasurement
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def plot_speedups(
@@ -23,7 +24,7 @@ def plot_speedups(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ours = [found for found in measurements if found.engine == "skipllm"]
-    for batch, color in zip(dict.fromkeys(found.batch for found in ours), _cycle(), strict=False):
+    for batch, color in zip(dict.fromkeys(found.batch for found in ours), colors(), strict=False):
         of_batch = [found for found in ours if found.batch == batch]
         line = sorted(
             (found for found in of_batch if found.policy in ("never", "forced")),
@@ -58,12 +59,7 @@ def plot_speedups(
                     linestyle="none",
                     label=f"batch {batch}, {name}",
                 )
-    axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-    axes.set_xlabel("FFN blocks skipped (token skip ratio, %)")
-    axes.set_ylabel("speed-up over computing all of them")
-    axes.grid(visible=True, color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress_speedups(axes)
     axes.legend(frameon=False, fontsize="small", loc="upper left")
     axes.set_title(title, loc="left", fontweight="bold", pad=24)
     axes.annotate(
@@ -78,5 +74,18 @@ def plot_speedups(
     figure.savefig(path, dpi=150, format="png")
 
 
-def _cycle() -> list[str]:
+def dress_speedups(axes: Axes) -> None:
+    axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
+    dress(axes, "FFN blocks skipped (token skip ratio, %)", "speed-up over computing all of them")
+
+
+def dress(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(visible=True, color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def colors() -> list[str]:
     return list(_COLORS) * 16
