@@ -141,7 +141,7 @@ def linear(
         CONSENSUS=consensus,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_stages=tile.num_stages,
+        num_stages=_num_stages(tile, x),
         **shared,
     )
     if splits > 1:
@@ -194,8 +194,13 @@ def gate_up(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=_num_stages(tile, h),
     )
+
+
+def _num_stages(tile: Tile, x: Tensor) -> int:
+    """Tiles are made for 2 bytes an element: with 4, as many bytes wait in shared memory."""
+    return max(2, tile.num_stages * 2 // x.itemsize)
 
 
 def parts_for(num_rows: int, num_outputs: int, device: torch.device) -> Tensor:
