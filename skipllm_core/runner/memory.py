@@ -32,13 +32,20 @@ def tells_what_to_lower(
     def told(self: Self, config: EngineConfig, /, *args: Rest.args, **kwargs: Rest.kwargs) -> None:
         try:
             start(self, config, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(_out_of_memory(config, error)) from error
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise ConfigError(_what_to_lower(config, error)) from error
 
     return told
 
 
-def _out_of_memory(config: EngineConfig, error: torch.OutOfMemoryError) -> str:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Torch has a type for it; of the driver, and so of Triton and of graphs, there are words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _what_to_lower(config: EngineConfig, error: RuntimeError) -> str:
     cache = f"--gpu-memory-utilization ({config.gpu_memory_utilization})"
     if config.kv_cache_memory_bytes is not None:
         cache = f"--kv-cache-memory ({mib(config.kv_cache_memory_bytes)})"

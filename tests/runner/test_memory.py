@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,24 @@ def test_memory_that_runs_out_anywhere_is_told_with_what_to_lower(
     with pytest.raises(ConfigError, match=r"--max-num-seqs \(8\).*int8: CUDA.* 7 GiB$") as caught:
         build(config)
     assert "--gpu-memory-utilization (0.9)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("says", "raised"),
+    [
+        ("Triton Error [CUDA]: out of memory", ConfigError),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", RuntimeError),
+    ],
+)
+def test_the_drivers_memory_that_runs_out_is_told_alike_and_nothing_else_is(
+    tmp_path: Path, says: str, raised: type[Exception]
+) -> None:
+    def make(*_: object) -> ReferenceDecoder:
+        raise RuntimeError(says)
+
+    config = engine_config(write_config(tmp_path), enforce_eager=True)
+    with pytest.raises(raised, match=re.escape(says)):
+        GpuModelRunner(config, make, lambda: direct)
 
 
 def test_weights_that_a_device_has_no_room_for_are_told_alike(
