@@ -30,7 +30,7 @@ _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 # hundred launches.
 NODE_BYTES = 2**16
 # At most: of a layer and beside the layers (see kernels/gpu/decoder.py), of a sampler's graph, and
-# of a sort, which torch does row by row.
+# of a sort, which torch may do row by row.
 LAYER_NODES, STEP_NODES, SAMPLER_NODES, SORT_NODES_PER_ROW = 9, 4, 60, 12
 
 Launch = Callable[[], None]

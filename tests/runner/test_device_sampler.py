@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.runner import device_sampler
 from skipllm_core.runner.device_sampler import DeviceSampler, SamplingKind, sampling_kind
 from skipllm_core.runner.sampler import adjust_logits, filter_logits
 from skipllm_core.sequence import Sequence
@@ -191,3 +194,32 @@ def test_no_variate_is_zero_however_the_bits_fall(monkeypatch: pytest.MonkeyPatc
     out = torch.zeros(1, 2)
     noise.exponentials(out, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32))
     assert out[0].tolist() == pytest.approx([16.6355, 5.96e-8], rel=1e-3)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", SamplingKind)
+def test_a_step_has_nothing_in_it_that_a_capture_forbids(
+    monkeypatch: pytest.MonkeyPatch, kind: SamplingKind
+) -> None:
+    """Operators that wait for the device, or that bring a tensor from the host."""
+    monkeypatch.setattr(device_sampler, "exponentials", lambda *_: None)  # a kernel
+    sampler = make_sampler()
+    with Operators() as found:
+        sampler.step(3, kind)
+    waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal"}
+    from_host = {"lift_fresh", "lift_fresh_copy", "scalar_tensor", "_pin_memory"}
+    assert found.names >= {"argmax", "scatter_add_"}
+    assert not found.names & (waiting | from_host)
