@@ -6,6 +6,7 @@ On a CUDA device: TRITON_INTERPRET=0 python -m pytest -m gpu. (Never run so far.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,10 @@ from tests.e2e.serving import REPO, Served, serve
 
 pytestmark = pytest.mark.slow
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] != "0",
+    reason="needs a CUDA device, and TRITON_INTERPRET=0",
+)
 MAX_MODEL_LEN = 256
 NUM_BLOCKS = 24  # of the cache, of 16 tokens: three of the long answers below, and no fourth
 
