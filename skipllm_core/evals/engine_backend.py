@@ -10,7 +10,8 @@ from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.evals.records import Record, Setting, Timing
 from skipllm_core.evals.runner import messages_of, seed_of, skip_wish
 from skipllm_core.evals.tasks import Item
-from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
 from skipllm_core.tokenizer import Tokenizer
 from skipllm_core.types import SamplingParams, SkipParams
 
