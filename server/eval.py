@@ -52,7 +52,10 @@ _Data = Annotated[
 ]
 
 
-_ENGINE = ("device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs", "max_model_len")
+_ENGINE = (
+    "device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs", "max_model_len",
+    "enforce_eager",
+)  # fmt: skip
 
 
 @takes_settings((*_ENGINE, "skip_profile"))
@@ -182,7 +185,7 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
             setting = Setting(policy="ffn_skip", ratio=_WARMUP_RATIO, warmup_tokens=num)
             settings_list.append(setting)
             steps += [(setting, items[task]) for task in chosen if task != "factoid_qa"]
-    backend, config, identity = _backend(plan, settings)
+    backend, config, identity = _backend(plan, settings, settings_list)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,10 +222,10 @@ def _progress() -> Progress:
 
 
 def _backend(
-    plan: Plan, settings: Settings
+    plan: Plan, settings: Settings, asked: Sequence[Setting]
 ) -> tuple[Backend, ModelConfig | None, dict[str, object]]:
-    """(the backend; in this process also the model's shape, and what names its weights and
-    profile)."""
+    """(the backend; in this process also the model's shape, and what names its weights, its profile
+    and how it is computed). Raises ConfigError where a setting of `asked` cannot be met."""
     if plan.base_url is not None:  # nothing here loads torch
         from skipllm_core.evals.http import ChatClient, HttpBackend
 
@@ -238,10 +241,6 @@ def _backend(
     model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
     profile = find_profile(settings.skip_profile, model_dir)
     profile_path = settings.skip_profile or model_dir / PROFILE_NAME
-    identity: dict[str, object] = {
-        "fingerprint": model_fingerprint(model_dir),
-        "profile_sha256": profile and hashlib.sha256(profile_path.read_bytes()).hexdigest(),
-    }
     os.environ.update(openmp_environment(settings.num_threads))  # before torch is loaded
     from skipllm_core.evals.engine_backend import EngineBackend
     from skipllm_core.tokenizer import HFTokenizer
@@ -249,6 +248,15 @@ def _backend(
 
     engine = build_engine(settings.engine_config(model_dir))
     backend = EngineBackend(engine, HFTokenizer(model_dir), profile, plan.max_tokens, plan.seed)
+    for setting in asked:
+        backend.resolve(setting)
+    identity: dict[str, object] = {
+        "fingerprint": model_fingerprint(model_dir),
+        "profile_sha256": profile and hashlib.sha256(profile_path.read_bytes()).hexdigest(),
+        "device": engine.info.device,
+        "dtype": engine.info.dtype,
+        "enforce_eager": settings.enforce_eager,
+    }
     return backend, load_model_config(model_dir), identity
 
 

@@ -34,10 +34,21 @@ class EngineBackend:
         self._seed = seed
         self._num_seqs = 0
 
+    def resolve(self, setting: Setting, budget_tokens: int | None = None) -> SkipParams:
+        """Raises ConfigError where the profile or the engine cannot do it."""
+        options = SkipOptions(**skip_wish(setting, budget_tokens))
+        try:
+            skip = resolve_skip(SkipDefaults(), self._profile, options)
+        except InvalidRequestError as error:
+            raise ConfigError(f"{setting.policy}: {error}") from None
+        if skip.policy not in self._engine.info.skip_policies:
+            raise ConfigError(f"{skip.policy} is not in the decode kernels: add --enforce-eager")
+        return skip
+
     def lead(
         self, items: Sequence[Item], setting: Setting, budget_tokens: int | None = None
     ) -> Iterator[Record | Timing]:
-        skip = self._resolve(setting, budget_tokens)
+        skip = self.resolve(setting, budget_tokens)
         talks: dict[int, _Talk] = {}
         for item in items:
             self._ask(_Talk(item), skip, talks)
@@ -76,13 +87,6 @@ class EngineBackend:
             ffn_weight_reads=reads,
             ffn_weight_reads_avoided=avoided,
         )
-
-    def _resolve(self, setting: Setting, budget_tokens: int | None) -> SkipParams:
-        options = SkipOptions(**skip_wish(setting, budget_tokens))
-        try:
-            return resolve_skip(SkipDefaults(), self._profile, options)
-        except InvalidRequestError as error:
-            raise ConfigError(str(error)) from None
 
     def _ask(self, talk: _Talk, skip: SkipParams, talks: dict[int, _Talk]) -> None:
         ids = self._tokenizer.encode_chat(talk.messages(), add_generation_prompt=True)

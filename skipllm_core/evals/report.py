@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from skipllm_core.evals import paper
-from skipllm_core.evals.summary import HEADLINE, Row, Score, at_weight_bytes
+from skipllm_core.evals.summary import HEADLINE, SLOW_POLICIES, Row, Score, at_weight_bytes
 
 _COLUMNS = (
     "task", "policy", "asked_ratio", "warmup_tokens", "token_skip_ratio", "weight_bytes_ratio",
@@ -120,12 +120,13 @@ def _table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         warmup = row.setting.warmup_tokens
+        has_warmup = row.setting.policy not in ("never", *SLOW_POLICIES)
         headline = row.headline
         lines.append(
             [
                 row.setting.policy,
                 f"{row.setting.ratio:.0%}",
-                "profile's" if warmup is None else str(warmup),
+                "-" if not has_warmup else "profile's" if warmup is None else str(warmup),
                 _share(row.token_skip_ratio),
                 _share(row.weight_bytes_ratio),
                 _share(row.weight_skip_ratio),

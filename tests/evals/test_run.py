@@ -27,6 +27,7 @@ from skipllm_core.evals.records import FULL, Journal, Record, Setting, Timing
 from skipllm_core.evals.runner import grid, run, seed_of, skip_wish
 from skipllm_core.evals.tasks import Item
 from skipllm_core.model.fingerprint import model_fingerprint
+from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.tokenizer import ByteTokenizer
 from skipllm_core.types import SamplingParams, SeqOutput, SkipPolicyName, StepOutput, StepStats
 from tests.evals.scripted import PLAN, SKIPPING, Scripted
@@ -37,7 +38,7 @@ TALK = Item(task="multi_turn", id="t", group="g", turns=("one?", "two?"))
 class OneStep:
     """An engine that ends every answer with its third token, in one step."""
 
-    info = SimpleNamespace(max_model_len=1000)
+    info = SimpleNamespace(max_model_len=1000, skip_policies=("never", "ffn_skip"))
 
     def __init__(self) -> None:
         self.asked: list[SamplingParams] = []
@@ -108,6 +109,17 @@ def test_the_engine_is_given_seeds_and_its_tokens_are_counted() -> None:
     assert isinstance(timing, Timing)
     assert (record.num_tokens, len(record.answers)) == (6, 2)
     assert [params.seed for params in engine.asked] == [seed_of(3, "t", 0), seed_of(3, "t", 1)]
+
+
+def test_a_policy_that_the_engine_lacks_is_refused_before_anything_is_asked() -> None:
+    engine = OneStep()
+    profile = SkipProfile.load(MODEL_DIR / "skip.yaml")
+    backend = EngineBackend(cast(Any, engine), ByteTokenizer(), profile, 9)
+    dropping = Setting(policy="layer_drop", ratio=0.25)
+    with pytest.raises(ConfigError, match=r"layer_drop .*--enforce-eager"):
+        backend.resolve(dropping)
+    with pytest.raises(ConfigError, match=r"ffn_skip: .*out of reach"):
+        backend.resolve(Setting(policy="ffn_skip", ratio=0.99))
 
 
 def test_a_running_server_is_asked_without_torch() -> None:
