@@ -63,7 +63,7 @@ def describe_skipping(defaults: SkipDefaults, params: SkipParams) -> str:
     region = f"in layers {params.cold_start} to {params.cold_end - 1}"
     match params.policy:
         case "static" | "layer_drop":
-            how = f"always {', '.join(map(str, params.layers)) or 'nothing'}"
+            how = f"always layers {', '.join(map(str, params.layers)) or 'none'}"
         case "random":
             how = f"probability {params.probability:.3g} {region}"
         case "early_exit":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.prompts import BUILT_IN
-from skipllm_core.skip.work import Options
+from skipllm_core.skip.work import OnProgress, Options
 from skipllm_core.tokenizer import HFTokenizer, Tokenizer
 
 TEXT_PROMPT_TOKENS = 64  # of a paragraph; what follows would have been the answer
@@ -52,22 +53,22 @@ def run_calibration(
         prompts = built_in_prompts(tokenizer)
     console = Console(stderr=True, highlight=False)
     journal = out.with_name(out.name + ".partial")
-    if journal.exists():
-        console.print(f"going on where the calibration in {journal} was, if it was this one")
     os.environ.update(openmp_environment(settings.num_threads))
     from skipllm_core.skip.calibrate import calibrate_model
 
-    with _progress(console) as progress:
-        task = progress.add_task("", total=None)
-        profile = calibrate_model(
-            settings.engine_config(model_dir),
-            prompts,
-            options,
-            journal=journal,
-            on_progress=lambda what, done, total: progress.update(
-                task, description=what, completed=done, total=total
-            ),
-        )
+    try:
+        with _progress(console) as on_progress:
+            profile = calibrate_model(
+                settings.engine_config(model_dir),
+                prompts,
+                options,
+                journal=journal,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        if journal.exists():
+            console.print(f"interrupted; what was done is in {journal}: the same command goes on")
+        raise
     profile.save(out)
     console.print(_summary(profile))
     console.print(f"the profile is in {out}")
@@ -78,7 +79,9 @@ def run_calibration(
     )
 
 
-def _progress(console: Console) -> Progress:
+@contextmanager
+def _progress(console: Console) -> Iterator[OnProgress]:
+    """A bar on a terminal; elsewhere a line for each thing that is begun."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -87,7 +90,19 @@ def _progress(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, speed_estimate_period=600)
+    bar = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
+    task = bar.add_task("", total=None)
+    told = ""
+
+    def on_progress(what: str, done: float, total: float) -> None:
+        nonlocal told
+        bar.update(task, description=what, completed=done, total=total)
+        if what != told and not console.is_terminal:
+            console.print(f"{what} ({done / total:.0%} done)")
+        told = what
+
+    with bar:
+        yield on_progress
 
 
 def _draw(profile: SkipProfile, path: Path, console: Console) -> None:
