@@ -20,7 +20,8 @@ from server.routes import chat, completions, models, ops, tokenize
 from server.service import Service
 from server.sse import leave_draining_to_us
 from skipllm_core.client import EngineClient
-from skipllm_core.skip.profile import SkipDefaults, SkipProfile
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.tokenizer import Tokenizer
 
 

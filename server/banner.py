@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.settings import Settings
-from skipllm_core.skip.profile import SkipDefaults
+from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.types import EngineInfo, SkipParams
 
 _EXAMPLE = {
@@ -60,10 +60,18 @@ def describe_skipping(defaults: SkipDefaults, params: SkipParams) -> str:
         return "off"
     wanted = "" if defaults.ratio is None else f"ratio {defaults.ratio:g}, "
     full_tokens = f"{params.warmup_tokens} full token{'s' * (params.warmup_tokens != 1)}"
-    return (
-        f"{params.policy}, {wanted}threshold {params.threshold:.6g} in layers "
-        f"{params.cold_start} to {params.cold_end - 1}, after {full_tokens}"
-    )
+    region = f"in layers {params.cold_start} to {params.cold_end - 1}"
+    match params.policy:
+        case "static" | "layer_drop":
+            how = f"always layers {', '.join(map(str, params.layers)) or 'none'}"
+        case "random":
+            how = f"probability {params.probability:.3g} {region}"
+        case "early_exit":
+            how = f"exit after {params.first_exit} layers, falling to {params.cold_start}"
+        case _:
+            how = f"threshold {params.threshold:.6g} {region}"
+    after = f", after {full_tokens}" if params.warmup_tokens else ""
+    return f"{params.policy}, {wanted}{how}{after}"
 
 
 def _curl(settings: Settings, url: str) -> str:

@@ -1,79 +1,178 @@
-"""`skipllm calibrate`: prompts from a file, progress on the terminal, a skip profile."""
+"""`skipllm calibrate`: prompts, progress on the terminal, a skip profile and its picture."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from server.prompts import read_prompt_lines
+from server.prompts import TEXT_SUFFIXES, read_paragraphs, read_prompt_lines
 from server.settings import Settings, SettingsError
 from skipllm_core.client.worker_handle import openmp_environment
-from skipllm_core.errors import InvalidRequestError
+from skipllm_core.demo import MODEL_DIR
+from skipllm_core.demo import prompts as demo_prompts
+from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.prompts import BUILT_IN
+from skipllm_core.skip.work import OnProgress, Options
 from skipllm_core.tokenizer import HFTokenizer, Tokenizer
+
+TEXT_PROMPT_TOKENS = 64  # of a paragraph; what follows would have been the answer
+NUM_DEMO_PROMPTS = 128
 
 
 def run_calibration(
-    settings: Settings, prompts_file: Path, out: Path, *, max_tokens: int, warmup_tokens: int
+    settings: Settings, prompt_files: Sequence[Path], out: Path, options: Options
 ) -> None:
     """Measures the model on the prompts and writes its profile. Raises ConfigError."""
-    assert settings.model is not None
     if not out.parent.is_dir():  # better told now than after the measurement
         raise SettingsError(f"cannot write {out}: {out.parent} is not a directory")
-    model_dir = resolve_model(settings.model)
-    prompts = read_prompts(prompts_file, HFTokenizer(model_dir))
+    model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+    tokenizer = HFTokenizer(model_dir)
+    if prompt_files:
+        prompts = [ids for path in prompt_files for ids in read_prompts(path, tokenizer)]
+    elif settings.model is None:
+        chats = islice(demo_prompts.prompts(), NUM_DEMO_PROMPTS)
+        prompts = [tokenizer.encode_chat(messages) for messages in chats]
+    else:
+        prompts = built_in_prompts(tokenizer)
     console = Console(stderr=True, highlight=False)
+    journal = out.with_name(out.name + ".partial")
     os.environ.update(openmp_environment(settings.num_threads))
     from skipllm_core.skip.calibrate import calibrate_model
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        profile = calibrate_model(
-            settings.engine_config(model_dir),
-            prompts,
-            max_tokens=max_tokens,
-            warmup_tokens=warmup_tokens,
-            on_progress=lambda what, done, total: progress.update(
-                task, description=what, completed=done, total=total
-            ),
-        )
+    try:
+        with _progress(console) as on_progress:
+            profile = calibrate_model(
+                settings.engine_config(model_dir),
+                prompts,
+                options,
+                journal=journal,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        if journal.exists():
+            console.print(f"interrupted; what was done is in {journal}: the same command goes on")
+        raise
     profile.save(out)
     console.print(_summary(profile))
     console.print(f"the profile is in {out}")
+    _draw(profile, out.with_suffix(".png"), console)
+    console.print(
+        f"To serve with it: skipllm serve {settings.model or ''} --skip-profile {out} "
+        "--skip-ratio 0.25 (or --min-agreement 0.98)".replace("  ", " ")
+    )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[OnProgress]:
+    """A bar on a terminal; elsewhere a line for each thing that is begun."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=console, transient=True, speed_estimate_period=600)
+    task = bar.add_task("", total=None)
+    told = ""
+
+    def on_progress(what: str, done: float, total: float) -> None:
+        nonlocal told
+        bar.update(task, description=what, completed=done, total=total)
+        if what != told and not console.is_terminal:
+            console.print(f"{what} ({done / total:.0%} done)")
+        told = what
+
+    with bar:
+        yield on_progress
+
+
+def _draw(profile: SkipProfile, path: Path, console: Console) -> None:
+    from skipllm_core.skip.picture import draw_profile
+
+    try:
+        draw_profile(profile, path)
+    except ConfigError as error:  # the profile is what matters
+        console.print(f"no picture: {error}")
+    else:
+        console.print(f"a picture of it is in {path}")
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of a JSON Lines file of chats and raw prompts. Raises SettingsError."""
-    prompts = []
+    """Token ids of a text file's paragraphs, or of a JSON Lines file of chats and raw prompts.
+    Raises SettingsError."""
+    if path.suffix in TEXT_SUFFIXES:
+        texts = read_paragraphs(path)
+        return [tokenizer.encode(text)[:TEXT_PROMPT_TOKENS] for text in texts]
+    return list(_read_json_lines(path, tokenizer))
+
+
+def _read_json_lines(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
     for number, line in read_prompt_lines(path):
         try:
             if line.messages is not None:
-                prompts.append(tokenizer.encode_chat(line.messages))
+                yield tokenizer.encode_chat(line.messages)
             else:
-                prompts.append(tokenizer.encode(line.prompt or ""))
+                yield tokenizer.encode(line.prompt or "")
         except InvalidRequestError as error:
             raise SettingsError(f"{path}, line {number}: {error}") from None
-    return prompts
+
+
+def built_in_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of the built-in set, as chats where the model has a chat template."""
+    try:
+        return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in BUILT_IN]
+    except InvalidRequestError:
+        return [tokenizer.encode(text) for text in BUILT_IN]
 
 
 def _summary(profile: SkipProfile) -> Table:
     table = Table(
-        "target", "layers", "threshold", "token skip ratio", "top-1 agreement", "KL (nats)"
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="skip: of the FFN blocks, per token; b N: of the FFN weight reads at batch N. "
+        "top-1: same next token as the full model's; KL in nats; ppl: change of the perplexity",
     )
+    batches = list(profile.points[0].weight_skip_ratio)[1:] if profile.points else []
+    for heading in (
+        "target",
+        "layers",
+        "threshold",
+        "skip",
+        *(f"b {batch}" for batch in batches),
+        "top-1",
+        "KL",
+        "ppl",
+    ):
+        table.add_column(heading, justify="right")
     for point in profile.points:
         start, end = profile.region_at(point)
         table.add_row(
             f"{point.target_ratio:.0%}",
-            f"{start} to {end - 1}",
+            f"{start}-{end - 1}",
             f"{point.threshold:.6f}",
-            f"{point.token_skip_ratio:.3f}",
-            f"{point.top1_agreement:.3f}",
+            f"{point.token_skip_ratio:.1%}",
+            *(f"{point.weight_skip_ratio[batch]:.1%}" for batch in batches),
+            f"{point.top1_agreement:.1%}",
             f"{point.kl:.4f}",
+            f"{point.perplexity_change:+.1%}",
         )
     return table

@@ -12,8 +12,15 @@ import typer
 from server.bench import app as bench
 from server.eval import evaluate
 from server.options import Command, takes_settings, told_in_one_line
-from server.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
+from server.settings import (
+    CONFIG_VARIABLE,
+    EMBEDDED_MODEL_NAME,
+    ENV_PREFIX,
+    Settings,
+    load_settings,
+)
 from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS
+from skipllm_core.skip.work import DEFAULT_MAX_TOKENS, Options
 
 app = typer.Typer(
     name="skipllm",
@@ -79,27 +86,48 @@ def serve(
 @takes_settings(("device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs"))
 def calibrate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A local directory or a Hugging Face id.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"A local directory or a Hugging Face id. Default: {EMBEDDED_MODEL_NAME}.",
+        ),
+    ] = None,
     *,
     prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to measure with; may be repeated. A .txt or .md file: each paragraph "
+            "is one. Others: one JSON object per line, "
+            '{"messages": ...} or {"prompt": ...}. Every fourth is held out to measure the '
+            "result on. Default: a built-in set.",
+        ),
+    ] = None,
+    out: Annotated[
         Path,
         typer.Option(
             metavar="FILE",
-            help='Prompts to measure with, one JSON object per line: {"messages": ...} or '
-            '{"prompt": ...}. Every fourth is held out to measure the result on.',
+            help="Where to write the profile; a picture of it goes beside it. The same command "
+            "again goes on where it was interrupted.",
         ),
-    ],
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where to write the profile, as MODEL/skip.yaml.")
-    ],
+    ] = Path("skip.yaml"),
     max_tokens: Annotated[
         int, typer.Option(metavar="INT", min=1, help="Tokens to generate for each prompt.")
-    ] = 128,
+    ] = DEFAULT_MAX_TOKENS,
     warmup_tokens: Annotated[
         int,
         typer.Option(metavar="INT", min=0, help="First generated tokens that are decoded in full."),
     ] = DEFAULT_WARMUP_TOKENS,
+    cold_start: Annotated[
+        int | None,
+        typer.Option(metavar="INT", min=1, help="First layer that may be skipped. Default: found."),
+    ] = None,
+    cold_end: Annotated[
+        int | None,
+        typer.Option(
+            metavar="INT", min=3, help="First layer behind those that may be. Default: found."
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Measure MODEL's similarity curve and write its skip profile."""
@@ -108,7 +136,13 @@ def calibrate(
 
         from server.calibration import run_calibration
 
-        run_calibration(settings, prompts, out, max_tokens=max_tokens, warmup_tokens=warmup_tokens)
+        options = Options(
+            max_tokens=max_tokens,
+            warmup_tokens=warmup_tokens,
+            cold_start=cold_start,
+            cold_end=cold_end,
+        )
+        run_calibration(settings, prompts or [], out, options)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from server.options import takes_settings, told_in_one_line
 from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from skipllm_core.evals.judge import Ratings
+    from skipllm_core.evals.records import Setting
+    from skipllm_core.evals.runner import Backend
+    from skipllm_core.evals.tasks import Item
+    from skipllm_core.model.config import ModelConfig
 
 WARMUPS = (0, 5, 10, 20, 30, 40)  # the paper's Figure 5
 _WARMUP_RATIO = 0.25
@@ -30,6 +37,7 @@ class Plan:
     files: dict[str, str]  # by task; a task without one has the embedded model's set
     limit: int
     max_tokens: int
+    seed: int
     out: Path
     with_warmups: bool
     base_url: str | None
@@ -44,7 +52,10 @@ _Data = Annotated[
 ]
 
 
-_ENGINE = ("device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs", "max_model_len")
+_ENGINE = (
+    "device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs", "max_model_len",
+    "enforce_eager",
+)  # fmt: skip
 
 
 @takes_settings((*_ENGINE, "skip_profile"))
@@ -66,7 +77,7 @@ def evaluate(
         ),
     ],
     policies: Annotated[
-        str, typer.Option(metavar="NAME,..", help="never always runs.")
+        str, typer.Option(metavar="NAME,..", help="never always runs; all: every policy there is.")
     ] = "ffn_skip",
     ratios: Annotated[
         str, typer.Option(metavar="FLOAT,..", help="Shares of the FFN blocks to skip.")
@@ -79,8 +90,14 @@ def evaluate(
     summaries_file: _Data = None,
     limit: Annotated[int, typer.Option(metavar="INT", min=1, help="Items of each task.")] = 200,
     max_tokens: Annotated[int, typer.Option(metavar="INT", min=1, help="Of an answer.")] = 160,
+    seed: Annotated[
+        int, typer.Option(metavar="INT", help="Of the policy random; answers are greedy.")
+    ] = 0,
     warmups: Annotated[
-        bool, typer.Option("--warmups", help="Add the ablation of warm-up tokens, 0 to 40.")
+        bool,
+        typer.Option(
+            "--warmups", help="Add the ablation of warm-up tokens, 0 to 40: ffn_skip at 25 %."
+        ),
     ] = False,
     base_url: Annotated[
         str | None,
@@ -121,6 +138,7 @@ def evaluate(
             files={task: path for task, path in files.items() if path is not None},
             limit=limit,
             max_tokens=max_tokens,
+            seed=seed,
             out=out,
             with_warmups=warmups,
             base_url=base_url,
@@ -147,7 +165,7 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
     from skipllm_core.evals import figures
     from skipllm_core.evals.records import Journal, Setting
     from skipllm_core.evals.report import write_report
-    from skipllm_core.evals.runner import FULL, grid, run
+    from skipllm_core.evals.runner import grid, run
     from skipllm_core.evals.summary import summarise
     from skipllm_core.evals.tasks import TASKS, bundled, load
 
@@ -167,7 +185,7 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
             setting = Setting(policy="ffn_skip", ratio=_WARMUP_RATIO, warmup_tokens=num)
             settings_list.append(setting)
             steps += [(setting, items[task]) for task in chosen if task != "factoid_qa"]
-    backend, share = _backend(plan, settings)
+    backend, config, identity = _backend(plan, settings, settings_list)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,8 +193,10 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
     # What answers depend on; a journal of another run is refused. Policies and ratios may be added.
     run_id: dict[str, object] = {
         "model": plan.model_name,
+        **identity,
         "limit": plan.limit,
         "max_tokens": plan.max_tokens,
+        "seed": plan.seed,
         "files": plan.files,
         "max_num_seqs": settings.max_num_seqs if plan.base_url is None else plan.concurrency,
         "over_http": plan.base_url is not None,
@@ -188,9 +208,7 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
         run(backend, steps, journal, lambda: bar.advance(task_id))
     everything = [item for of in items.values() for item in of]
     ratings = _grade(plan, everything, settings_list, journal.records)
-    rows = summarise(
-        everything, settings_list, journal.records, journal.timings, share, FULL, ratings
-    )
+    rows = summarise(everything, settings_list, journal.records, journal.timings, config, ratings)
     write_report(plan.out, run_id, rows)
     figures.draw(plan.out, plan.model_name, rows)
     typer.echo(f"the report is in {plan.out / 'report.md'}", err=True)
@@ -203,80 +221,57 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
 
 
-def _backend(plan: Plan, settings: Settings) -> tuple[Any, float | None]:
-    """(the backend, the FFN's share of the layers' weights where it is known)."""
-    if plan.base_url is not None:
+def _backend(
+    plan: Plan, settings: Settings, asked: Sequence[Setting]
+) -> tuple[Backend, ModelConfig | None, dict[str, object]]:
+    """(the backend; in this process also the model's shape, and what names its weights, its profile
+    and how it is computed). Raises ConfigError where a setting of `asked` cannot be met."""
+    if plan.base_url is not None:  # nothing here loads torch
         from skipllm_core.evals.http import ChatClient, HttpBackend
 
         client = ChatClient(plan.base_url, plan.model_name, os.environ.get("SKIPLLM_EVAL_API_KEY"))
-        return HttpBackend(client, plan.max_tokens, plan.concurrency), None
-    from server.launch import find_profile
+        return HttpBackend(client, plan.max_tokens, plan.concurrency, plan.seed), None, {}
+    from server.launch import PROFILE_NAME, find_profile
     from skipllm_core.client.worker_handle import openmp_environment
     from skipllm_core.demo import MODEL_DIR
+    from skipllm_core.model.config import load_model_config
+    from skipllm_core.model.fingerprint import model_fingerprint
     from skipllm_core.model.hub import resolve_model
 
     model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
-    os.environ.update(openmp_environment(settings.num_threads))
-    from skipllm_core.evals.runner import EngineBackend
-    from skipllm_core.evals.summary import ffn_share
-    from skipllm_core.model.config import load_model_config
+    profile = find_profile(settings.skip_profile, model_dir)
+    profile_path = settings.skip_profile or model_dir / PROFILE_NAME
+    os.environ.update(openmp_environment(settings.num_threads))  # before torch is loaded
+    from skipllm_core.evals.engine_backend import EngineBackend
     from skipllm_core.tokenizer import HFTokenizer
     from skipllm_core.worker import build_engine
 
-    profile = find_profile(settings.skip_profile, model_dir)
     engine = build_engine(settings.engine_config(model_dir))
-    backend = EngineBackend(engine, HFTokenizer(model_dir), profile, plan.max_tokens)
-    return backend, ffn_share(load_model_config(model_dir))
+    backend = EngineBackend(engine, HFTokenizer(model_dir), profile, plan.max_tokens, plan.seed)
+    for setting in asked:
+        backend.resolve(setting)
+    identity: dict[str, object] = {
+        "fingerprint": model_fingerprint(model_dir),
+        "profile_sha256": profile and hashlib.sha256(profile_path.read_bytes()).hexdigest(),
+        "device": engine.info.device,
+        "dtype": engine.info.dtype,
+        "enforce_eager": settings.enforce_eager,
+    }
+    return backend, load_model_config(model_dir), identity
 
 
-def _grade(
-    plan: Plan, items: Sequence[Any], settings: Sequence[Any], records: Any
-) -> dict[tuple[Any, str, str, str], float | None]:
-    """By setting, task, item and aspect; kept in grades.jsonl, so that none is asked for twice."""
+def _grade(plan: Plan, items: Sequence[Item], settings: Sequence[Setting], records: Any) -> Ratings:
     if plan.judge_url is None or plan.judge_model is None:
         return {}
-    from skipllm_core.evals.http import ChatClient, grade
+    from skipllm_core.evals.http import ChatClient
+    from skipllm_core.evals.judge import grade_all
 
     judge = ChatClient(plan.judge_url, plan.judge_model, os.environ.get("SKIPLLM_JUDGE_API_KEY"))
     path = plan.out / "grades.jsonl"
-    known = dict(_read_grades(path))
-    wanted = [
-        (record, item, aspect)
-        for item in items
-        for aspect in _aspects(item.task)
-        for setting in settings
-        if (record := records.get((setting, item.task, item.id))) is not None
-    ]
-    found = {}
-    with _progress() as bar, path.open("ab") as file:
-        for record, item, aspect in bar.track(wanted, description="judging"):
-            name = [
-                plan.judge_model,
-                msgspec.structs.asdict(record.setting),
-                *record.key[1:],
-                aspect,
-            ]
-            line = msgspec.json.encode(name)
-            if line not in known:
-                known[line] = grade(judge, item, record.answers, aspect or None)
-                file.write(msgspec.json.encode([name, known[line]]) + b"\n")
-                file.flush()
-            found[(*record.key, aspect or "overall")] = known[line]
-    return found
+    with _progress() as bar:
+        task_id = bar.add_task("judging", total=None)
 
+        def on_grade(total: int) -> None:
+            bar.update(task_id, advance=1, total=total)
 
-def _aspects(task: str) -> tuple[str, ...]:
-    from skipllm_core.evals.http import ASPECTS
-
-    return {"multi_turn": ("",), "summarization": ASPECTS}.get(task, ())
-
-
-def _read_grades(path: Path) -> Iterator[tuple[bytes, float | None]]:
-    if not path.exists():
-        return
-    data = path.read_bytes().rpartition(b"\n")[0]  # a line that was cut off is asked for again
-    path.write_bytes(data + b"\n" if data else b"")
-    for line in data.split(b"\n"):
-        if line:
-            name, rating = msgspec.json.decode(line)
-            yield msgspec.json.encode(name), rating
+        return grade_all(judge, plan.judge_model, path, items, settings, records, on_grade)

@@ -35,7 +35,8 @@ from skipllm_core.errors import ConfigError
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.model.hub import resolve_model
-from skipllm_core.skip.profile import SkipProfile, resolve_skip
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import resolve_skip
 from skipllm_core.tokenizer import HFTokenizer
 
 PROFILE_NAME = "skip.yaml"  # a model's own profile, in its directory

@@ -9,6 +9,8 @@ import msgspec
 
 from server.settings import SettingsError
 
+TEXT_SUFFIXES = (".txt", ".md")
+
 
 class PromptLine(msgspec.Struct):
     """One line of the file: a chat or a raw prompt."""
@@ -20,12 +22,7 @@ class PromptLine(msgspec.Struct):
 def read_prompt_lines(path: Path) -> Iterator[tuple[int, PromptLine]]:
     """The lines of a JSON Lines file with their numbers, blank ones left out. Raises
     SettingsError."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise SettingsError(f"cannot read {path}: {reason}") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -35,3 +32,22 @@ def read_prompt_lines(path: Path) -> Iterator[tuple[int, PromptLine]]:
         if entry.messages is None and entry.prompt is None:
             raise SettingsError(f"{path}, line {number}: neither messages nor prompt")
         yield number, entry
+
+
+def read_paragraphs(path: Path) -> list[str]:
+    """The paragraphs of a text file, parted by blank lines. Raises SettingsError."""
+    paragraphs: list[list[str]] = [[]]
+    for line in _read(path).splitlines():
+        if line.strip():
+            paragraphs[-1].append(line)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    return ["\n".join(lines) for lines in paragraphs if lines]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(f"cannot read {path}: {reason}") from None

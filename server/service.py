@@ -13,7 +13,8 @@ from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
 from skipllm_core.client import EngineClient
 from skipllm_core.errors import ContextLengthError
-from skipllm_core.skip.profile import SkipDefaults, SkipProfile
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.tokenizer import Tokenizer
 
 _INLINE_CHARS = 4096  # about a millisecond of tokenizing; more is done in a thread

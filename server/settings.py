@@ -25,7 +25,8 @@ from pydantic import (
 
 from skipllm_core.config import Consensus, Device, DType, EngineConfig, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, InvalidRequestError
-from skipllm_core.skip.profile import SkipDefaults, SkipProfile, resolve_skip
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults, resolve_skip
 from skipllm_core.types import SkipPolicyName
 
 ENV_PREFIX = "SKIPLLM_"
@@ -38,7 +39,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 # What Kubernetes sets in the pods beside a Service named `skipllm`, SKIPLLM_PORT=tcp://.. too.
 _SERVICE_LINK = re.compile(ENV_PREFIX + r"(SERVICE_(HOST|PORT).*|PORT_\d+_(TCP|UDP).*)")
 
-_HOW_MUCH_TO_SKIP = frozenset({"skip_ratio", "skip_threshold"})  # one or the other
+_HOW_MUCH_TO_SKIP = frozenset({"skip_ratio", "skip_threshold", "min_agreement"})  # one of them
 
 
 class SettingsError(ConfigError):
@@ -128,7 +129,10 @@ class Settings(BaseModel):
     )
 
     skip_policy: Annotated[SkipPolicyName | None, BeforeValidator(_off_is_never)] = _setting(
-        "Skipping", None, "never or ffn_skip; by default, ffn_skip if the model has a skip profile."
+        "Skipping",
+        None,
+        "never, ffn_skip, or for comparison static, random, layer_drop, early_exit; by default, "
+        "ffn_skip if the model has a skip profile.",
     )
     skip_ratio: float | None = _setting(
         "Skipping",
@@ -142,6 +146,14 @@ class Settings(BaseModel):
         "Skipping", None, "Cosine similarity from which a token skips; instead of a ratio.",
         ge=0, le=1,
     )  # fmt: skip
+    min_agreement: float | None = _setting(
+        "Skipping",
+        None,
+        "Instead of a ratio: the largest one of the profile at which this share of the next tokens "
+        "is still the full model's.",
+        ge=0,
+        le=1,
+    )
     skip_profile: Path | None = _setting(
         "Skipping", None, "Skip profile to use; by default, skip.yaml in the model's directory."
     )
@@ -195,8 +207,10 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_way_to_say_how_much(self) -> Settings:
-        if self.skip_ratio is not None and self.skip_threshold is not None:
-            raise ValueError("give --skip-ratio or --skip-threshold, not both")
+        given = [name for name in _HOW_MUCH_TO_SKIP if getattr(self, name) is not None]
+        if len(given) > 1:
+            first, second = sorted(map(flag_of, given), reverse=True)[:2]
+            raise ValueError(f"give {second} or {first}, not both")
         return self
 
     @property
@@ -230,9 +244,9 @@ class Settings(BaseModel):
     def skip_defaults(self, profile: SkipProfile | None) -> SkipDefaults:
         """What requests that say nothing get. Raises ConfigError where that cannot be done."""
         wants_skipping = (
-            self.skip_policy == "ffn_skip"
+            self.skip_policy != "never"
             if self.skip_policy is not None
-            else bool(self.skip_ratio) or self.skip_threshold is not None
+            else bool(self.skip_ratio or self.min_agreement) or self.skip_threshold is not None
         )
         if profile is None and wants_skipping:
             raise ConfigError(
@@ -240,6 +254,8 @@ class Settings(BaseModel):
                 "--skip-profile names it"
             )
         ratio = self.skip_ratio
+        if self.min_agreement is not None and profile is not None:
+            ratio = _ratio_at_agreement(profile, self.min_agreement)
         if ratio is None and self.skip_threshold is None and profile is not None:
             ratio = min(DEFAULT_SKIP_RATIO, profile.max_ratio)
         defaults = SkipDefaults(
@@ -254,6 +270,17 @@ class Settings(BaseModel):
         except InvalidRequestError as error:
             raise ConfigError(str(error)) from None
         return defaults
+
+
+def _ratio_at_agreement(profile: SkipProfile, least: float) -> float:
+    ratio = profile.ratio_at_agreement(least)
+    if ratio is None:
+        best = max((point.top1_agreement for point in profile.points), default=1.0)
+        raise ConfigError(
+            f"--min-agreement {least:g}: the skip profile's best is {best:.3f}; ask for less, or "
+            "use --skip-policy never"
+        )
+    return ratio
 
 
 def load_settings(

@@ -87,6 +87,11 @@ class Sequence:
         """Whether the token generated next falls into the warm-up, and so is decoded in full."""
         return self.num_output_tokens < self.skip.warmup_tokens
 
+    @property
+    def has_exact_prompt(self) -> bool:
+        """Whether K and V of the prompt are the full model's, and may be shared."""
+        return self.skip.policy != "layer_drop"
+
     def skip_usage(self, num_layers: int) -> SkipUsage:
         return SkipUsage(
             skipped_ffn_blocks=self.num_skipped_ffn_blocks,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-SkipPolicyName = Literal["never", "ffn_skip"]
+SkipPolicyName = Literal["never", "ffn_skip", "static", "random", "layer_drop", "early_exit"]
 StepKind = Literal["prefill", "decode"]
 
 
@@ -16,8 +16,9 @@ class SkipParams:
 
     Skippable layers are `cold_start <= layer < cold_end`; the rest always run. The first
     `warmup_tokens` generated tokens (the one sampled from the prompt included) come from the full
-    model. A row triggers at the first skippable layer whose cos(h, h + FFN(h)) >= `threshold`, and
-    skips from the next layer on. `max_skips` bounds the FFN blocks that one token may skip.
+    model. Under `ffn_skip` a row triggers at the first skippable layer whose cos(h, h + FFN(h)) >=
+    `threshold`, and skips from the next layer on; `max_skips` bounds the FFN blocks that one token
+    may skip. The fields below `trace` are those of the policies in `skip.baselines`.
     """
 
     policy: SkipPolicyName = "never"
@@ -27,6 +28,10 @@ class SkipParams:
     cold_end: int = 0
     max_skips: int | None = None
     trace: bool = False
+    layers: tuple[int, ...] = ()  # static, layer_drop: what is skipped
+    probability: float = 0.0  # random: of each skippable layer
+    first_exit: int = 0  # early_exit: how many layers the first token runs; the last, cold_start
+    budget_tokens: int | None = None  # early_exit: when the last is reached; None: max_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +139,7 @@ class EngineInfo:
     device: str
     dtype: str
     num_parameters: int
+    skip_policies: tuple[SkipPolicyName, ...] = get_args(SkipPolicyName)  # that it can run
 
 
 EngineState = Literal["starting", "ready", "restarting", "stuck", "dead"]

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 from weakref import WeakKeyDictionary
 
 from skipllm_core.config import EngineConfig
@@ -13,6 +14,7 @@ from skipllm_core.engine.engine import Engine
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
 from skipllm_core.errors import ConfigError
 from skipllm_core.sequence import Sequence
+from skipllm_core.types import SkipPolicyName
 
 NextToken = Callable[[Sequence], int]
 
@@ -54,6 +56,7 @@ class FakeRunner:
         self.dtype = "float32"
         self.num_parameters = 0
         self.min_prefill_tokens = min_prefill_tokens
+        self.skip_policies = get_args(SkipPolicyName)
         self.batches: list[Batch] = []
         self._cache = [[0] * block_size for _ in range(num_kv_blocks)]
         self._contents: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()

@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from server.calibration import read_prompts
+from server.calibration import TEXT_PROMPT_TOKENS, built_in_prompts, read_prompts
 from server.settings import SettingsError
+from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.prompts import BUILT_IN
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.test_cli import skipllm
 
@@ -20,6 +22,29 @@ def test_prompts_are_chats_and_raw_texts_one_per_line(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     chat = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
     assert read_prompts(file, tokenizer) == [chat, tokenizer.encode("abc")]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.md"])
+def test_a_text_files_paragraphs_are_prompts_cut_to_their_beginnings(
+    tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(f"\n\nOne line\nand another.\n \n\n{'a' * 100}\n")
+    tokenizer = ByteTokenizer()
+    first, second = read_prompts(file, tokenizer)
+    assert first == tokenizer.encode("One line\nand another.")
+    assert second == tokenizer.encode("a" * 100)[:TEXT_PROMPT_TOKENS]
+
+
+def test_the_built_in_prompts_are_chats_where_the_model_has_them() -> None:
+    class Plain(ByteTokenizer):
+        def encode_chat(self, *args: object, **kwargs: object) -> list[int]:
+            raise InvalidRequestError("no chat template")
+
+    chat = ByteTokenizer()
+    assert built_in_prompts(chat)[0] == chat.encode_chat([{"role": "user", "content": BUILT_IN[0]}])
+    assert built_in_prompts(Plain())[0] == chat.encode(BUILT_IN[0])
+    assert len(set(BUILT_IN)) == len(built_in_prompts(chat)) == 64
 
 
 @pytest.mark.parametrize("line", ["{", "3", '"abc"', "{}", '{"prompt": 3}', '{"messages": [3]}'])
@@ -69,3 +94,6 @@ def test_calibrate_writes_a_profile_of_the_model(dummy_model: Path, tmp_path: Pa
     assert profile.warmup_tokens == 2
     assert profile.num_layers == 6
     assert f"{profile.points[0].threshold:.6f}" in run.stderr
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"--skip-profile {out}" in run.stderr.replace("\n", "")
+    assert not list(tmp_path.glob("*.partial"))

@@ -5,7 +5,9 @@ import yaml
 
 from server.settings import Settings, SettingsError, load_settings
 from skipllm_core.errors import ConfigError
-from skipllm_core.skip.profile import LayerSimilarity, SkipDefaults, SkipPoint, SkipProfile
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults
+from tests.skip.profiles import point, profile
 
 REPO = Path(__file__).parents[1]
 
@@ -46,6 +48,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
         ({}, {}, "- 1", "must be a mapping"),
         ({}, {}, "a: [", "not valid YAML"),
         ({"skip_ratio": "0.1", "skip_threshold": "0.9"}, {}, "", "not both"),
+        ({"skip_ratio": "0.1", "min_agreement": "0.9"}, {}, "", "give --min-agreement or --skip-r"),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_one_line_that_names_it_as_its_source_spells_it(
@@ -61,27 +64,11 @@ def test_a_bad_setting_is_one_line_that_names_it_as_its_source_spells_it(
     assert "\n" not in str(raised.value)
 
 
-def profile(max_ratio: float = 0.35, fingerprint: str = "") -> SkipProfile:
-    layer = LayerSimilarity(mean=0.9, p05=0.9, p25=0.9, p50=0.9, p75=0.9, p95=0.9)
-    point = SkipPoint(
-        target_ratio=max_ratio,
-        threshold=0.9,
-        token_skip_ratio=max_ratio,
-        top1_agreement=1,
-        kl=0,
-        trigger_layers=(0, 1, 0),
-        num_tokens=1,
-    )
-    return SkipProfile(
-        fingerprint=fingerprint,
-        model={},
-        cold_start=1,
-        cold_end=2,
-        warmup_tokens=25,
-        num_prompts=1,
-        num_tokens=1,
-        points=(point,),
-        similarity=(layer,) * 3,
+def profile_to(max_ratio: float) -> SkipProfile:
+    return profile(
+        point(max_ratio / 2, 0.95, top1_agreement=0.98),
+        point(max_ratio, 0.9, top1_agreement=0.95),
+        num_layers=8,
     )
 
 
@@ -100,17 +87,26 @@ def profile(max_ratio: float = 0.35, fingerprint: str = "") -> SkipProfile:
             0.35,
             SkipDefaults(policy="ffn_skip", ratio=0.25, warmup_tokens=3),
         ),
+        (Settings(min_agreement=0.96), 0.4, SkipDefaults(policy="ffn_skip", ratio=0.2)),
+        (Settings(min_agreement=0.95), 0.4, SkipDefaults(policy="ffn_skip", ratio=0.4)),
+        (Settings(skip_policy="static"), 0.4, SkipDefaults(policy="static", ratio=0.25)),
     ],
 )
 def test_a_model_with_a_profile_skips_a_quarter_unless_told_otherwise(
     settings: Settings, max_ratio: float | None, expected: SkipDefaults
 ) -> None:
-    assert settings.skip_defaults(None if max_ratio is None else profile(max_ratio)) == expected
+    assert settings.skip_defaults(None if max_ratio is None else profile_to(max_ratio)) == expected
 
 
 @pytest.mark.parametrize(
     "settings",
-    [Settings(skip_policy="ffn_skip"), Settings(skip_ratio=0.1), Settings(skip_threshold=0.9)],
+    [
+        Settings(skip_policy="ffn_skip"),
+        Settings(skip_policy="random"),
+        Settings(skip_ratio=0.1),
+        Settings(skip_threshold=0.9),
+        Settings(min_agreement=0.9),
+    ],
 )
 def test_skipping_that_was_asked_for_is_not_dropped_for_want_of_a_profile(
     settings: Settings,
@@ -121,7 +117,12 @@ def test_skipping_that_was_asked_for_is_not_dropped_for_want_of_a_profile(
 
 def test_a_ratio_beyond_the_profile_is_refused_at_start() -> None:
     with pytest.raises(ConfigError, match=r"0\.3 is out of reach"):
-        Settings(skip_ratio=0.3).skip_defaults(profile(max_ratio=0.2))
+        Settings(skip_ratio=0.3).skip_defaults(profile_to(0.2))
+
+
+def test_an_agreement_that_no_ratio_keeps_is_refused_at_start() -> None:
+    with pytest.raises(ConfigError, match=r"the skip profile's best is 0\.980"):
+        Settings(min_agreement=0.99).skip_defaults(profile_to(0.2))
 
 
 def test_a_missing_file_is_told() -> None:

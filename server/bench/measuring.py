@@ -44,7 +44,7 @@ from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.config import ModelConfig, load_model_config
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.profile import SkipDefaults, resolve_skip
+from skipllm_core.skip.resolve import SkipDefaults, resolve_skip
 from skipllm_core.tokenizer import HFTokenizer
 from skipllm_core.types import SkipParams
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from skipllm_core.types import SkipPolicyName
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIASES = 4096
@@ -64,11 +66,12 @@ class SkipWish(Wire):
 
     model_config = ConfigDict(extra="forbid")
 
-    policy: Literal["off", "ffn_skip"] | None = None
+    policy: Literal["off", SkipPolicyName] | None = None
     ratio: Ratio | None = None
     threshold: Ratio | None = None
     warmup_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     max_skips: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    budget_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     trace: bool | None = None
 
 

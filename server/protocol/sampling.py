@@ -14,7 +14,8 @@ from server.protocol.base import GenerationRequest, Wire
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
 from skipllm_core.errors import ContextLengthError, InvalidRequestError
-from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
 from skipllm_core.types import EngineInfo, SamplingParams, SkipParams
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat fills the context

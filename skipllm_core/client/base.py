@@ -120,6 +120,12 @@ class EngineClient(ABC):
             raise InvalidRequestError(
                 f"token ids must be in 0..{info.vocab_size - 1}", param="logit_bias"
             )
+        if params.skip.policy not in info.skip_policies:
+            raise InvalidRequestError(
+                f"The skip policy {params.skip.policy} leaves out attention, which the decode "
+                "kernels here do not: start the server with --enforce-eager for it.",
+                param="skip.policy",
+            )
         num_tokens = max_cached_tokens(num_prompt_tokens, params.max_tokens, info.max_model_len)
         if num_tokens > info.num_kv_blocks * info.block_size:
             raise InvalidRequestError(

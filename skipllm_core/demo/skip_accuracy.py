@@ -19,7 +19,8 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.demo.heldout import KINDS, HeldOut, held_out_set, is_right
 from skipllm_core.engine.engine import Engine
-from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
 from skipllm_core.tokenizer import HFTokenizer
 from skipllm_core.types import SamplingParams, SkipParams
 from skipllm_core.worker import build_engine

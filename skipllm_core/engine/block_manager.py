@@ -100,7 +100,7 @@ class BlockManager:
         """The published blocks that the prompt begins with; its last token is not among them, as
         something has to be computed to sample from."""
         prefix: list[int] = []
-        if not self.enable_prefix_caching:
+        if not (self.enable_prefix_caching and seq.has_exact_prompt):
             return prefix
         content_id = _ROOT
         for index in range((seq.num_prompt_tokens - 1) // self.block_size):
@@ -132,7 +132,7 @@ class BlockManager:
     def publish(self, seq: Sequence) -> None:
         """Lets others find the blocks of the prompt that are computed; for use after a prefill
         step that succeeded. Where an equal block is published already, that one stays."""
-        if not self.enable_prefix_caching:
+        if not (self.enable_prefix_caching and seq.has_exact_prompt):
             return
         num_full = min(seq.num_computed_tokens, seq.num_prompt_tokens) // self.block_size
         for index in range(seq.num_published_blocks, num_full):

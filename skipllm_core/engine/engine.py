@@ -69,6 +69,7 @@ class Engine:
             device=runner.device,
             dtype=runner.dtype,
             num_parameters=runner.num_parameters,
+            skip_policies=runner.skip_policies,
         )
         self._runner = runner
         self._in_flight: deque[StepInFlight] = deque()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from skipllm_core.sequence import Sequence
-from skipllm_core.types import StepKind, TokenLogprobs
+from skipllm_core.types import SkipPolicyName, StepKind, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class ModelRunner(Protocol):
     device: str  # "cpu", "cuda:0"
     dtype: str  # "float32", "bfloat16"
     num_parameters: int
+    skip_policies: tuple[SkipPolicyName, ...]  # that it can run
     min_prefill_tokens: int  # a prefill step of fewer takes hardly less time
 
     def run(self, batch: Batch) -> StepResult: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from skipllm_core.evals import paper
 from skipllm_core.evals.summary import HEADLINE, Row
 
 _SKIPPED = "skipped FFN blocks, %"
+_BYTES = "skipped weight bytes of the decoder layers, %"
 _LABELS = {"exact": "exact match, %", "fact": "last answer right, %", "rougeL": "ROUGE-L, %"}
 
 
@@ -33,13 +34,14 @@ def _label(rows: Sequence[Row]) -> str:
     return _LABELS[name] if name in rows[0].scores else "same as the full model's, %"
 
 
-def _panels(num: int, *, share_y: bool = False) -> tuple[Any, Any]:
+def _panels(num: int, *, num_rows: int = 1, share_y: bool = False) -> tuple[Any, Any]:
+    """The figure, and its axes in one flat row of num_rows * num."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("figures need matplotlib: pip install 'skipllm[eval]'") from None
-    figure = Figure(figsize=(4.6 * num, 3.8), layout="constrained")
-    return figure, figure.subplots(1, num, squeeze=False, sharey=share_y)[0]
+    figure = Figure(figsize=(4.6 * num, 3.8 * num_rows), layout="constrained")
+    return figure, figure.subplots(num_rows, num, squeeze=False, sharey=share_y).flat
 
 
 def _finish(axis: Any, title: str, x: str, y: str) -> None:
@@ -49,16 +51,23 @@ def _finish(axis: Any, title: str, x: str, y: str) -> None:
 
 
 def _draw_accuracy(path: Path, rows: Sequence[Row], tasks: Sequence[str], is_paper: bool) -> None:
-    figure, axes = _panels(len(tasks))
-    for axis, task in zip(axes, tasks, strict=True):
-        for policy, line in _by_policy([row for row in rows if row.task == task]).items():
+    """By skipped FFN blocks and, below, by weight bytes where they are known: there policies that
+    skip more than FFN blocks compare."""
+    measures = [_token_skip]
+    if any(row.weight_bytes_ratio is not None for row in rows):
+        measures.append(_weight_bytes)
+    figure, axes = _panels(len(tasks), num_rows=len(measures))
+    panels = [(measure, task) for measure in measures for task in tasks]
+    for axis, (measure, task) in zip(axes, panels, strict=True):
+        of_task = [row for row in rows if row.task == task]
+        for policy, line in _by_policy(of_task).items():
             known = [row for row in line if row.headline is not None]
-            _curve(axis, known, [row.headline for row in known], policy)
-        if is_paper and task == "factoid_qa":
+            _curve(axis, known, [row.headline for row in known], policy, measure)
+        if is_paper and task == "factoid_qa" and measure is _token_skip:
             for name, points in paper.FACTOID.items():
                 x = [100 * ratio for ratio in points]
                 axis.plot(x, list(points.values()), "k:", lw=1, label=f"{name}, paper")
-        _finish(axis, task, _SKIPPED, _label([row for row in rows if row.task == task]))
+        _finish(axis, task, _SKIPPED if measure is _token_skip else _BYTES, _label(of_task))
     figure.savefig(path, dpi=120)
 
 
@@ -99,7 +108,8 @@ def _draw_warmups(path: Path, rows: Sequence[Row]) -> None:
         axis.plot(x, y, "o-", label=_label(line))
         skipped = [100 * row.token_skip_ratio for row in line]
         axis.plot(x, skipped, "s--", color="grey", label=_SKIPPED)
-        _finish(axis, task, "warm-up tokens, decoded in full", "%")
+        title = f"{task}, {line[0].setting.policy} at {line[0].setting.ratio:.0%} asked"
+        _finish(axis, title, "warm-up tokens, decoded in full", "%")
         axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
 
@@ -117,12 +127,27 @@ def _by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
     } or {"never": full}
 
 
-def _curve(axis: Any, rows: Sequence[Row], scores: Sequence[Any], label: str) -> None:
+def _token_skip(row: Row) -> float:
+    return row.token_skip_ratio
+
+
+def _weight_bytes(row: Row) -> float:
+    assert row.weight_bytes_ratio is not None, "one run knows the model's shape or does not"
+    return row.weight_bytes_ratio
+
+
+def _curve(
+    axis: Any,
+    rows: Sequence[Row],
+    scores: Sequence[Any],
+    label: str,
+    measure: Callable[[Row], float] = _token_skip,
+) -> None:
     means = [100 * score.mean for score in scores]
     below = [mean - 100 * score.low for mean, score in zip(means, scores, strict=True)]
     above = [100 * score.high - mean for mean, score in zip(means, scores, strict=True)]
     axis.errorbar(
-        [100 * row.token_skip_ratio for row in rows],
+        [100 * measure(row) for row in rows],
         means,
         yerr=[[max(0.0, b) for b in below], [max(0.0, a) for a in above]],
         fmt="o-",

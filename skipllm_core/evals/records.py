@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +19,9 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     warmup_tokens: int | None = None
 
 
+FULL = Setting(policy="never", ratio=0.0)
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     """The answers to one item's turns under one setting."""
 
@@ -24,12 +29,21 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     task: str
     item_id: str
     answers: tuple[str, ...]
+    num_tokens: int  # generated over all answers, each one's first and its stop token included
     skipped_ffn_blocks: int
     total_ffn_blocks: int
 
     @property
     def key(self) -> tuple[Setting, str, str]:
         return self.setting, self.task, self.item_id
+
+
+def mean_answer_tokens(records: Iterable[Record], task: str) -> int:
+    """Tokens of one answer of the full model to this task, on average, rounded up. Early exit falls
+    to its last layer over so many tokens: SkipDecode's own way, a budget per data set."""
+    found = [record for record in records if (record.setting, record.task) == (FULL, task)]
+    assert found, "the full model answers first"
+    return math.ceil(sum(r.num_tokens for r in found) / sum(len(r.answers) for r in found))
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, tag="timing"):

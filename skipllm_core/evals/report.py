@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from skipllm_core.evals import paper
-from skipllm_core.evals.summary import HEADLINE, Row, Score
+from skipllm_core.evals.summary import HEADLINE, SLOW_POLICIES, Row, Score, at_weight_bytes
 
 _COLUMNS = (
     "task", "policy", "asked_ratio", "warmup_tokens", "token_skip_ratio", "weight_bytes_ratio",
@@ -23,12 +23,21 @@ _COLUMNS = (
 _TERMS = """\
 Written by `skipllm eval`. Intervals are of 95 %: Wilson's for shares, by resampling the items
 otherwise. `token skip` is skipped FFN blocks / (decoded tokens x layers), as the paper counts.
-`weight bytes` is that times the FFN's share of a decoder layer's weights: what a batch of one does
-not read. `weight skip` is the share of FFN weight reads that this run's batches avoided. Skips are
-counted, not assumed from what was asked for. `tok/s` is over this run's decode steps, on a machine
-that may have had other work: no benchmark. `agreement` is the share of items whose every answer is
-the full model's to the letter. `repetition`: a run of 4 words or marks stands in an answer 3 times
-or more. `collapse`: an answer's last 8 words or marks are the same one."""
+`weight bytes` is the share of the decoder layers' weights that a batch of one does not read: token
+skip times the share that a skip saves of its layer, which is the FFN's, under layer_drop the whole,
+and under early_exit the FFN's and those of q and o (k and v are still computed, for the cache).
+`weight skip` is the share of FFN weight reads that this run's batches avoided. Skips are counted,
+not assumed from what was asked for. `tok/s` is over this run's decode steps, on a machine that may
+have had other work: no benchmark. layer_drop and early_exit run on a slow path made for evaluation
+alone, so that no tok/s is told for them. `fact`: the last answer is the expected one or, of the
+embedded model's `stories`, a coherent one as asked for. `agreement` is the share of items whose
+every answer is the full model's to the letter. `repetition`: a run of 4 words or marks stands in an
+answer 3 times or more. `collapse`: an answer's last 8 words or marks are the same one."""
+
+_EQUAL_BYTES = """\
+The headline score of each policy, in %, at the weight bytes of ffn_skip with 25 % asked for. It is
+interpolated linearly between the two settings measured around it, the full model (0) among them;
+`-` stands where that is beyond the policy's largest."""
 
 
 def write_report(out: Path, run: dict[str, object], rows: Sequence[Row]) -> None:
@@ -74,15 +83,24 @@ def markdown(run: dict[str, object], rows: Sequence[Row]) -> str:
     plain = [row for row in rows if row.setting.warmup_tokens is None]
     for task in dict.fromkeys(row.task for row in plain):
         of_task = [row for row in plain if row.task == task]
-        parts += [f"## {task}", _table(of_task), "By group:", _groups(of_task)]
+        parts += [f"## {task}", _table(of_task)]
+        if budgets := {row.budget_tokens for row in of_task} - {None}:
+            parts.append(
+                f"early_exit reaches its last layer at {budgets.pop()} generated tokens: the mean "
+                "length of the full model's answers to this task."
+            )
+        parts += ["By group:", _groups(of_task)]
     if plain:
         parts += ["## Figures", "![accuracy](accuracy.png)", "![throughput](throughput.png)"]
     if any(row.task == "summarization" for row in plain):
         parts.append("![by length of article](groups.png)")
     if near := [row for row in plain if row.setting.ratio in (0.0, 0.2)]:
         parts += ["## At 20 % (the paper's Table 2)", _short(near)]
+    if table := _equal_bytes(plain):
+        parts += ["## At equal weight bytes", _EQUAL_BYTES, table]
     if warm := [row for row in rows if row.setting.warmup_tokens is not None]:
-        parts.append("## Warm-up tokens (the paper's Figure 5)")
+        of = warm[0].setting
+        parts.append(f"## Warm-up tokens (the paper's Figure 5): {of.policy} at {of.ratio:.0%}")
         for task in dict.fromkeys(row.task for row in warm):
             parts += [f"{task}:", _table([row for row in warm if row.task == task])]
         parts.append("![warm-up](warmup.png)")
@@ -102,12 +120,13 @@ def _table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         warmup = row.setting.warmup_tokens
+        has_warmup = row.setting.policy not in ("never", *SLOW_POLICIES)
         headline = row.headline
         lines.append(
             [
                 row.setting.policy,
                 f"{row.setting.ratio:.0%}",
-                "profile's" if warmup is None else str(warmup),
+                "-" if not has_warmup else "profile's" if warmup is None else str(warmup),
                 _share(row.token_skip_ratio),
                 _share(row.weight_bytes_ratio),
                 _share(row.weight_skip_ratio),
@@ -144,9 +163,40 @@ def _short(rows: Sequence[Row]) -> str:
         lines.append(
             [setting.policy, f"{setting.ratio:.0%}"]
             + [_with_interval(row.headline if row else None, 100) for row in found]
-            + [_share(row.token_skip_ratio if row else None) for row in found]
+            + [
+                f"{_share(row.token_skip_ratio)} / {_share(row.weight_bytes_ratio)}" if row else "-"
+                for row in found
+            ]
         )
-    return _lines(["policy", "asked", *tasks, *(f"token skip, {t}" for t in tasks)], lines)
+    ratios = (f"token skip / weight bytes, {task}" for task in tasks)
+    return _lines(["policy", "asked", *tasks, *ratios], lines)
+
+
+def _equal_bytes(rows: Sequence[Row]) -> str:
+    """Empty where ffn_skip was not measured at 25 %, or the model's shape is not known."""
+    at = {
+        row.task: row.weight_bytes_ratio
+        for row in rows
+        if (row.setting.policy, row.setting.ratio) == ("ffn_skip", 0.25)
+        and row.weight_bytes_ratio is not None
+    }
+    if not at:
+        return ""
+    full = {row.task: row.headline for row in rows if row.setting.policy == "never"}
+    lines = [
+        ["weight bytes", *map(_share, at.values())],
+        ["never, at 0", *(_with_interval(full.get(task), 100) for task in at)],
+    ]
+    for policy in dict.fromkeys(row.setting.policy for row in rows):
+        if policy == "never":
+            continue
+        of_policy = [row for row in rows if row.setting.policy in ("never", policy)]
+        scores = [
+            at_weight_bytes([row for row in of_policy if row.task == task], ratio)
+            for task, ratio in at.items()
+        ]
+        lines.append([policy, *("-" if s is None else f"{100 * s:.1f}" for s in scores)])
+    return _lines(["policy", *at], lines)
 
 
 def _paper() -> str:

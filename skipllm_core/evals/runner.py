@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, get_args
 
 from skipllm_core.chat_template import Message
-from skipllm_core.engine.engine import Engine
-from skipllm_core.errors import ConfigError, InvalidRequestError
-from skipllm_core.evals.records import Journal, Record, Setting, Timing
+from skipllm_core.errors import ConfigError
+from skipllm_core.evals.records import FULL, Journal, Record, Setting, Timing, mean_answer_tokens
 from skipllm_core.evals.tasks import Item
-from skipllm_core.skip.profile import SkipDefaults, SkipOptions, SkipProfile, resolve_skip
-from skipllm_core.tokenizer import Tokenizer
-from skipllm_core.types import SamplingParams, SkipParams, SkipPolicyName
-
-FULL = Setting(policy="never", ratio=0.0)
+from skipllm_core.types import SkipPolicyName
 
 
 class Backend(Protocol):
-    """Answers items under one setting, yielding each as it is done, the timing last."""
+    """Answers items of one task under one setting, yielding each as it is done, the timing last.
+    `budget_tokens` is told for the policy `early_exit` alone."""
 
-    def lead(self, items: Sequence[Item], setting: Setting) -> Iterator[Record | Timing]: ...
+    def lead(
+        self, items: Sequence[Item], setting: Setting, budget_tokens: int | None = None
+    ) -> Iterator[Record | Timing]: ...
 
 
 def grid(policies: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
-    """The full model first: the others are compared with it. Raises ConfigError."""
+    """The full model first: the others are compared with it. The policy `all` stands for every one
+    of the build's. Raises ConfigError."""
     known = get_args(SkipPolicyName)
+    if "all" in policies:
+        policies = known
     if unknown := [policy for policy in policies if policy not in known]:
         raise ConfigError(f"this build has no policy {unknown[0]!r}; it has: {', '.join(known)}")
     return [FULL] + [
@@ -52,113 +54,28 @@ def run(
                 missing.append(item)
         if not missing:
             continue
-        for entry in backend.lead(missing, setting):
+        budget_tokens = None
+        if setting.policy == "early_exit":
+            budget_tokens = mean_answer_tokens(journal.records.values(), items[0].task)
+        for entry in backend.lead(missing, setting, budget_tokens):
             journal.append(entry)
             if isinstance(entry, Record):
                 on_answer()
 
 
-class EngineBackend:
-    """The engine in this process, with all conversations in it at once."""
-
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, profile: SkipProfile | None, max_tokens: int
-    ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._profile = profile
-        self._max_tokens = max_tokens
-        self._num_seqs = 0
-
-    def lead(self, items: Sequence[Item], setting: Setting) -> Iterator[Record | Timing]:
-        skip = self._resolve(setting)
-        talks: dict[int, _Talk] = {}
-        for item in items:
-            self._ask(_Talk(item), skip, talks)
-        tokens = reads = avoided = 0
-        duration_s = 0.0
-        while (step := self._engine.step()) is not None:
-            if step.stats.kind == "decode":
-                tokens += step.stats.num_generated_tokens
-                duration_s += step.stats.duration_s
-                reads += step.stats.ffn_weight_reads
-                avoided += step.stats.ffn_weight_reads_avoided
-            for output in step.outputs:
-                talk = talks[output.seq_id]
-                talk.token_ids += output.token_ids
-                if output.finish_reason is None:
-                    continue
-                if output.error is not None:
-                    raise RuntimeError(f"the engine failed on {talk.item.id}: {output.error}")
-                if output.skip_usage is not None:
-                    talk.skipped += output.skip_usage.skipped_ffn_blocks
-                    talk.total += output.skip_usage.total_ffn_blocks
-                talk.answers.append(
-                    self._tokenizer.decode(talk.token_ids, skip_special_tokens=True)
-                )
-                del talks[output.seq_id]
-                if len(talk.answers) < len(talk.item.turns):
-                    self._ask(talk, skip, talks)
-                else:
-                    yield talk.record(setting)
-        yield Timing(
-            setting=setting,
-            task=items[0].task,
-            num_tokens=tokens,
-            duration_s=duration_s,
-            ffn_weight_reads=reads,
-            ffn_weight_reads_avoided=avoided,
-        )
-
-    def _resolve(self, setting: Setting) -> SkipParams:
-        options = SkipOptions(
-            policy=cast(Any, "off" if setting.policy == "never" else setting.policy),
-            ratio=setting.ratio,
-            warmup_tokens=setting.warmup_tokens,
-        )
-        try:
-            return resolve_skip(SkipDefaults(), self._profile, options)
-        except InvalidRequestError as error:
-            raise ConfigError(str(error)) from None
-
-    def _ask(self, talk: _Talk, skip: SkipParams, talks: dict[int, _Talk]) -> None:
-        ids = self._tokenizer.encode_chat(talk.messages(), add_generation_prompt=True)
-        room = self._engine.info.max_model_len - len(ids)
-        if room < 1:
-            raise ConfigError(f"{talk.item.id} has {len(ids)} tokens: too long for the model")
-        params = SamplingParams(
-            max_tokens=min(self._max_tokens, room),
-            temperature=0.0,
-            stop_token_ids=tuple(self._tokenizer.eos_token_ids),
-            skip=skip,
-        )
-        talk.token_ids = []
-        self._num_seqs += 1
-        talks[self._num_seqs] = talk
-        self._engine.add(self._num_seqs, ids, params)
+def skip_wish(setting: Setting, budget_tokens: int | None) -> dict[str, Any]:
+    """A request's `skip` object."""
+    if setting.policy == "never":
+        return {"policy": "off"}
+    named = {"warmup_tokens": setting.warmup_tokens, "budget_tokens": budget_tokens}
+    told = {name: value for name, value in named.items() if value is not None}
+    return {"policy": setting.policy, "ratio": setting.ratio, **told}
 
 
-class _Talk:
-    """One conversation under way."""
-
-    def __init__(self, item: Item) -> None:
-        self.item = item
-        self.answers: list[str] = []
-        self.token_ids: list[int] = []
-        self.skipped = self.total = 0
-
-    def messages(self) -> list[Message]:
-        return messages_of(self.item, self.answers)
-
-    def record(self, setting: Setting) -> Record:
-        return Record(
-            setting=setting,
-            task=self.item.task,
-            item_id=self.item.id,
-            answers=tuple(self.answers),
-            skipped_ffn_blocks=self.skipped,
-            total_ffn_blocks=self.total,
-        )
+def seed_of(seed: int, item_id: str, turn: int) -> int:
+    """Differs between items and turns, and is the same in every run."""
+    digest = hashlib.sha256(f"{seed}:{turn}:{item_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def messages_of(item: Item, answers: Sequence[str]) -> list[Message]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
-from skipllm_core.evals.records import Record, Setting, Timing
+from skipllm_core.demo import stories
+from skipllm_core.evals.records import FULL, Record, Setting, Timing, mean_answer_tokens
 from skipllm_core.evals.scoring import (
     bootstrap,
     contains_answer,
@@ -23,6 +25,8 @@ from skipllm_core.model.config import ModelConfig
 HEADLINE = {"factoid_qa": "exact", "multi_turn": "fact", "summarization": "rougeL"}
 # Yes or no for each item; the others are means.
 _SHARES = ("exact", "contains", "fact", "agreement", "repetition", "collapse")
+# Computed layer by layer for evaluation alone: their speed says nothing.
+SLOW_POLICIES = ("layer_drop", "early_exit")
 _rouge = lru_cache(maxsize=100_000)(rouge)
 
 
@@ -47,7 +51,8 @@ class Row:
     token_skip_ratio: float
     weight_bytes_ratio: float | None  # None: the model's shape is not known (over HTTP)
     weight_skip_ratio: float | None  # None: not told
-    tokens_per_s: float | None
+    tokens_per_s: float | None  # None: of a slow policy, or no decode step was timed
+    budget_tokens: int | None = None  # early_exit's
     ratings: Mapping[str, Score] = field(default_factory=dict)
 
     @property
@@ -56,11 +61,40 @@ class Row:
         return self.scores.get(HEADLINE[self.task]) or self.scores.get("agreement")
 
 
-def ffn_share(config: ModelConfig) -> float:
-    """FFN weights / all weights of a decoder layer, norms and biases aside (Llama-2-7B: 0.67)."""
+def skipped_share(config: ModelConfig, policy: str) -> float:
+    """What one skip leaves unread / all weights of a decoder layer, norms and biases aside.
+
+    With h = hidden_size, a layer has 3 * h * intermediate_size (FFN) + 2 * h * head_dim * num_heads
+    (q and o) + 2 * h * head_dim * num_kv_heads (k and v). Left unread are the FFN (Llama-2-7B:
+    0.67); under `layer_drop` all of it; under `early_exit` the FFN, q and o (0.83), for k and v are
+    applied to the exit's hidden state in every layer left out.
+    """
     ffn = 3 * config.hidden_size * config.intermediate_size
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    return ffn / (ffn + config.hidden_size * config.head_dim * heads)
+    q_and_o = 2 * config.hidden_size * config.head_dim * config.num_heads
+    k_and_v = 2 * config.hidden_size * config.head_dim * config.num_kv_heads
+    layer = ffn + q_and_o + k_and_v
+    match policy:
+        case "layer_drop":
+            return 1.0
+        case "early_exit":
+            return (ffn + q_and_o) / layer
+        case _:
+            return ffn / layer
+
+
+def at_weight_bytes(rows: Sequence[Row], ratio: float) -> float | None:
+    """The headline score that rows of one policy and task, the full model's included, have at this
+    weight bytes ratio: linear between the two measured around it, None outside the measured."""
+    points = sorted(
+        (row.weight_bytes_ratio, row.headline.mean)
+        for row in rows
+        if row.weight_bytes_ratio is not None and row.headline is not None
+    )
+    for (low, low_score), (high, high_score) in pairwise(points):
+        if low <= ratio <= high:
+            part = (ratio - low) / (high - low) if high > low else 0.0
+            return low_score + part * (high_score - low_score)
+    return None
 
 
 def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict[str, float]:
@@ -76,7 +110,9 @@ def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict
         if item.is_short_answer:
             scores["contains"] = float(contains_answer(last, item.accepted))
     elif item.task == "multi_turn":
-        if item.accepted:
+        if item.is_story:
+            scores["fact"] = float(stories.is_coherent(last, item.turns[-1]))
+        elif item.accepted:
             scores["fact"] = float(exact_match(last, item.accepted))
         pairs = [_rouge(a, f)["rougeL"] for a, f in zip(answers, full, strict=True)]
         scores["rougeL_full"] = sum(pairs) / len(pairs)
@@ -90,17 +126,17 @@ def summarise(
     settings: Sequence[Setting],
     records: Mapping[tuple[Setting, str, str], Record],
     timings: Sequence[Timing],
-    share: float | None,
-    full: Setting,
+    config: ModelConfig | None,
     ratings: Mapping[tuple[Setting, str, str, str], float | None] | None = None,
 ) -> list[Row]:
-    """A row per setting and task that has all its answers; others are left out."""
+    """A row per setting and task that has all its answers; others are left out. `config` is None
+    where the model's shape is not known (over HTTP)."""
     rows = []
     for task in dict.fromkeys(item.task for item in items):
         of_task = [item for item in items if item.task == task]
         for setting in settings:
             found = [records.get((setting, task, item.id)) for item in of_task]
-            fulls = [records.get((full, task, item.id)) for item in of_task]
+            fulls = [records.get((FULL, task, item.id)) for item in of_task]
             if not all(found) or not all(fulls):
                 continue
             answered = [r for r in found if r is not None]
@@ -124,6 +160,7 @@ def summarise(
             reads = sum(t.ffn_weight_reads + t.ffn_weight_reads_avoided for t in times)
             avoided = sum(t.ffn_weight_reads_avoided for t in times)
             duration_s = sum(t.duration_s for t in times)
+            is_timed = duration_s > 0 and setting.policy not in SLOW_POLICIES
             rows.append(
                 Row(
                     setting=setting,
@@ -131,10 +168,15 @@ def summarise(
                     scores={n: _score(n, [s[n] for s in judged if n in s]) for n in names},
                     groups=groups,
                     token_skip_ratio=ratio,
-                    weight_bytes_ratio=None if share is None else ratio * share,
+                    weight_bytes_ratio=ratio * skipped_share(config, setting.policy)
+                    if config
+                    else None,
                     weight_skip_ratio=avoided / reads if reads else None,
                     tokens_per_s=sum(t.num_tokens for t in times) / duration_s
-                    if duration_s
+                    if is_timed
+                    else None,
+                    budget_tokens=mean_answer_tokens(records.values(), task)
+                    if setting.policy == "early_exit"
                     else None,
                     ratings=_ratings(setting, task, ratings or {}),
                 )

@@ -19,7 +19,7 @@ __all__ = ["TASKS", "Item", "TaskName", "bundled", "load"]
 class Item:
     """One conversation to lead. `turns` are what the user says, one after the other, behind
     `history`; the model answers each. `accepted` bears the right answers of the last turn (none:
-    the answer is judged by the full model's alone)."""
+    the answer is judged by the full model's alone, but for a story)."""
 
     task: TaskName
     id: str
@@ -28,14 +28,16 @@ class Item:
     history: tuple[Message, ...] = ()
     accepted: tuple[str, ...] = ()
     is_short_answer: bool = False  # a name, which chat models like to wrap into a sentence
+    is_story: bool = False  # any coherent story that the last turn asks for is right
 
 
 # The embedded model's conversations, in categories of what it can do. The model answers the first
-# turn itself, but where the second is about a story: there the story is given as its own.
+# turn itself, but where the second is about a story: there the story is given as its own. Stories
+# suffer most of all held-out kinds; questions about them, not at all up to 35 %, and are left out.
 _CATEGORIES = (
     "follow_ups",
     "names",
-    "story_questions",
+    "stories",
     "own_summaries",
     "arithmetic",
     "small_talk",
@@ -88,14 +90,13 @@ def _dialogues(limit: int) -> list[Item]:
             if len(one.messages) > 1:
                 turns = tuple(m["content"] for m in one.messages if m["role"] == "user")
                 # A story that the model tells itself is another than the one the set expects.
-                of_story = kind in ("own_summaries", "story_questions")
                 history: tuple[Message, ...] = ()
-                if of_story:
+                if kind == "own_summaries":
                     history, turns = tuple(one.messages[:-1]), turns[-1:]
-                accepted = (one.answer or "",)
+                judged = one
             else:
                 turns = (one.messages[0]["content"], other.messages[0]["content"])
-                history, accepted = (), (other.answer or "",)
+                history, judged = (), other
             items.append(
                 Item(
                     task="multi_turn",
@@ -103,7 +104,8 @@ def _dialogues(limit: int) -> list[Item]:
                     group=kind,
                     turns=turns,
                     history=history,
-                    accepted=accepted,
+                    accepted=() if judged.answer is None else (judged.answer,),
+                    is_story=judged.answer is None,
                 )
             )
     return items

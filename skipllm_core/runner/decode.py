@@ -13,17 +13,26 @@ from torch import Tensor
 from skipllm_core.kernels.cpu import CpuDecoder
 from skipllm_core.model.attention import AttentionContext
 from skipllm_core.model.llama import Block, LlamaModel
+from skipllm_core.runner.whole_layers import without_attention
 from skipllm_core.skip.policy import SkipGate, similarity
 
 
 def decode_step(
-    model: LlamaModel, token_ids: Tensor, ctx: AttentionContext, gate: SkipGate
+    model: LlamaModel,
+    token_ids: Tensor,
+    ctx: AttentionContext,
+    gate: SkipGate,
+    sampling: list[int] | None = None,
 ) -> Tensor:
-    """One token of every row: token_ids [num_rows] -> logits [num_rows, vocab] float32.
+    """The logits [num_sampling, vocab] float32 of the rows `sampling` (None: all) of a step over
+    token_ids [num_rows]; a row is one token.
 
     With a gate that never skips this is `model.head(model.forward(token_ids, ctx))`, bit for bit.
     """
-    return model.head(gated_forward(model, token_ids, ctx, gate))
+    h = gated_forward(model, token_ids, ctx, gate)
+    if sampling is not None and len(sampling) < h.shape[0]:
+        h = h[torch.tensor(sampling, dtype=torch.int64, device=h.device)]
+    return model.head(h)
 
 
 def gated_forward(
@@ -32,8 +41,9 @@ def gated_forward(
     """token_ids [num_tokens] -> h [num_tokens, hidden]; a row of the gate is one token."""
     h = model.embed(token_ids)
     for layer, block in enumerate(model.blocks):
-        h = block.attend(h, ctx)  # always: the KV cache must stay whole
         rows = gate.rows_to_run(layer)
+        attended = block.attend(h, ctx)  # of all rows: the KV cache must stay whole
+        h = without_attention(attended, h, gate, rows) if gate.whole_layer_rows else attended
         if rows:
             after = _feed_forward(block, h, rows)
             if gate.watches(layer):

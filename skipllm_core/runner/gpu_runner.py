@@ -25,6 +25,7 @@ from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.runner.sampler import NOT_FINITE
 from skipllm_core.runner.slots import Slots
 from skipllm_core.sequence import Sequence
+from skipllm_core.skip.baselines import WHOLE_LAYER_POLICIES, PlannedSkip
 from skipllm_core.skip.policy import skip_at
 from skipllm_core.types import TokenLogprobs
 
@@ -40,6 +41,11 @@ class GpuModelRunner(TorchModelRunner):
     others are drawn on the device. Raises ConfigError as its base class does, and when the device's
     memory runs out.
     """
+
+    # The others leave out attention, which no kernel does.
+    skip_policies = tuple(
+        name for name in TorchModelRunner.skip_policies if name not in WHOLE_LAYER_POLICIES
+    )
 
     @tells_what_to_lower
     @torch.inference_mode()
@@ -59,7 +65,9 @@ class GpuModelRunner(TorchModelRunner):
         decoder = make_decoder(self.model, self.kv_cache, self.rows)
         self.graphs = DecodeGraphs(decoder, self.sampler, config.max_num_seqs, make_capture())
         self._slots = Slots()
-        self._num_blocks = [0] * config.max_num_seqs  # of each slot's table, as the device has it
+        # Of each slot, as the device has them: its table's blocks, and its row of the mask.
+        self._num_blocks = [0] * config.max_num_seqs
+        self._masks: list[frozenset[int]] = [frozenset()] * config.max_num_seqs
 
     def _new_rows(self, max_num_rows: int, max_model_len: int, device: torch.device) -> DeviceRows:
         return DeviceRows(
@@ -122,6 +130,7 @@ class GpuModelRunner(TorchModelRunner):
                 tensor[slot].copy_(tensor[source])
             self.sampler.move(source, slot)
             self._num_blocks[slot] = self._num_blocks[source]
+            self._masks[slot] = self._masks[source]
         if changes.is_padding_stale:
             rows.positions[len(seqs) :] = -1
         for slot, seq in changes.new:
@@ -134,6 +143,24 @@ class GpuModelRunner(TorchModelRunner):
                 packed.append(_packed(slot, seq, rows))
         if packed:
             self._unpack(_to_device(torch.tensor(packed, dtype=torch.int32), rows), changes.new)
+        self._write_masks(seqs)
+
+    def _write_masks(self, seqs: list[Sequence]) -> None:
+        """What the planned policies skip in this step, where it is not what they skipped in the
+        last one."""
+        changed = {}
+        for slot, seq in zip(self._slots.slot_of(seqs), seqs, strict=True):
+            rule = skip_at(seq, seq.num_computed_tokens)
+            layers = rule.layers if isinstance(rule, PlannedSkip) else frozenset()
+            if layers != self._masks[slot]:
+                self._masks[slot] = changed[slot] = layers
+        if changed:
+            mask = [
+                [slot, *(layer in layers for layer in range(self.num_layers))]
+                for slot, layers in changed.items()
+            ]
+            packed = _to_device(torch.tensor(mask, dtype=torch.int32), self.rows)
+            self.rows.mask.index_copy_(0, packed[:, 0].long(), packed[:, 1:])
 
     def _unpack(self, packed: Tensor, new: tuple[tuple[int, Sequence], ...]) -> None:
         rows = self.rows
@@ -183,14 +210,18 @@ def _row_tensors(rows: DeviceRows) -> tuple[Tensor, ...]:
 def _packed(slot: int, seq: Sequence, rows: DeviceRows) -> list[int]:
     skip = seq.skip
     first = max(1, skip.warmup_tokens) + seq.num_prompt_tokens - 1
-    can_ever_skip = skip_at(seq, first) is not None
+    policy = RowPolicy.NEVER
+    if skip.policy in ("static", "random"):
+        policy = RowPolicy.MASK
+    elif skip_at(seq, first) is not None:
+        policy = RowPolicy.FFN_SKIP
     threshold = torch.tensor(skip.threshold, dtype=torch.float32).view(torch.int32)
     table = seq.block_table
     return [
         slot,
         seq.token_ids[-1],
         seq.num_computed_tokens,
-        RowPolicy.FFN_SKIP if can_ever_skip else RowPolicy.NEVER,
+        policy,
         int(threshold),
         first,
         skip.cold_start,

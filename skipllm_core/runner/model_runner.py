@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 from itertools import accumulate
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from skipllm_core.kernels.cpu import CpuDecoder, is_available
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.loader import load_model, resolve_dtype
-from skipllm_core.runner.decode import cpu_step, decode_step, gated_forward
+from skipllm_core.runner.decode import cpu_step, decode_step
 from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.runner.memory import (
     SEGMENT_BYTES,
@@ -30,7 +31,7 @@ from skipllm_core.runner.sampler import sample
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.consensus import ConsensusGate
 from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoided, skip_at
-from skipllm_core.types import SamplingParams
+from skipllm_core.types import SamplingParams, SkipPolicyName
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class TorchModelRunner:
 
     Raises ConfigError when the device, the model or the KV cache cannot be had.
     """
+
+    skip_policies: tuple[SkipPolicyName, ...] = get_args(SkipPolicyName)
 
     @tells_what_to_lower
     @torch.inference_mode()
@@ -126,11 +129,9 @@ class TorchModelRunner:
         ends = accumulate(row.num_tokens for row in rows)
         last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         tokens = [seq.token_ids[position] for seq, position in places]
-        if self.cpu_decoder is not None and len(tokens) <= (
-            self.cpu_decoder.max_num_rows if len(tokens) == len(rows) else KERNEL_PREFILL_TOKENS
-        ):
+        if (decoder := self._decoder_for(len(rows), len(tokens), gate)) is not None:
             return cpu_step(
-                self.cpu_decoder,
+                decoder,
                 tokens,
                 [position for _, position in places],
                 [seq.block_table for seq, _ in places],
@@ -142,10 +143,15 @@ class TorchModelRunner:
         ]
         ctx = self.model.context(context_rows, self.kv_cache)
         token_ids = torch.tensor(tokens, device=self._device)
-        if len(last) == len(tokens):
-            return decode_step(self.model, token_ids, ctx, gate)
-        h = gated_forward(self.model, token_ids, ctx, gate)
-        return self.model.head(h[torch.tensor(last, dtype=torch.int64, device=self._device)])
+        return decode_step(self.model, token_ids, ctx, gate, last)
+
+    def _decoder_for(self, num_rows: int, num_tokens: int, gate: SkipGate) -> CpuDecoder | None:
+        """The kernels, where they can run a step over these and do it faster than torch."""
+        if self.cpu_decoder is None or gate.whole_layer_rows:
+            return None
+        is_decode = num_tokens == num_rows
+        most = self.cpu_decoder.max_num_rows if is_decode else KERNEL_PREFILL_TOKENS
+        return self.cpu_decoder if num_tokens <= most else None
 
     def _new_cpu_decoder(self, config: EngineConfig) -> CpuDecoder | None:
         is_wanted = self._device.type == "cpu" and not config.enforce_eager

@@ -4,7 +4,7 @@
    recorded for every token it decodes.
 2. The mean similarities give a plateau of skippable layers. It is narrowed as far as that makes
    skipping cheaper: the region is taken whose KL from the full model at REGION_RATIO is lowest.
-   A target beyond its reach gets the narrowest of the wider regions that reaches it.
+   A target beyond its reach gets the narrowest of the wider regions that reaches it (`regions`).
 3. The distribution of the similarities gives a first threshold per target ratio, which free
    generation with skipping then corrects.
 4. Each threshold is measured on held-out prompts: the ratio it gives in free generation, and how
@@ -13,11 +13,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
+from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -25,238 +25,240 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.measure import Measurement, Probe, free_skip_ratio, measure, record
-from skipllm_core.skip.profile import (
-    DEFAULT_WARMUP_TOKENS,
-    LayerSimilarity,
-    SkipPoint,
-    SkipProfile,
+from skipllm_core.skip.measure import Measurement, Recording, free_skip_ratio, measure, record
+from skipllm_core.skip.probe import Probe, Prompts
+from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
+from skipllm_core.skip.regions import (
+    DIGITS,
+    Region,
+    candidate_regions,
+    find_plateau,
+    find_threshold,
+    max_reachable_ratio,
+    wider_regions,
 )
+from skipllm_core.skip.work import OnProgress, Options, Work, no_progress
 from skipllm_core.types import SkipParams
 
-TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35)  # beyond, the paper sees quality drop
-DEFAULT_MAX_TOKENS = 128  # per prompt, as in the paper
+TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
+BATCHES = (1, 4, 8, 16)  # that the weight skip ratio is told for
 HELD_OUT_EVERY = 4  # one prompt of four is measured on, and not calibrated with
-PLATEAU_FACTOR = 3.0
 REGION_RATIO = 0.25  # at which regions are compared
-MIN_REACH = 0.3  # of a region: at its reach every token must trigger at once, and nothing adapts
-MAX_REGIONS = 5  # that are compared
 MAX_TRIES = 4  # per target
+EXPECTED_TRIES = 2  # for the progress bar
 TOLERANCE = 0.005  # of a ratio: no more tries are made
-DIGITS = 6  # of the numbers in the profile
-
-OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    pass
 
 
 def calibrate_model(
     config: EngineConfig,
     prompts: Sequence[list[int]],
+    options: Options,
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    warmup_tokens: int = DEFAULT_WARMUP_TOKENS,
+    journal: Path | None = None,
     on_progress: OnProgress = no_progress,
 ) -> SkipProfile:
-    """Loads the model and calibrates it on token-id prompts, of which every fourth is held out."""
+    """Loads the model and calibrates it on token-id prompts, of which every fourth is held out.
+
+    What is done is kept in the file `journal` until all is, for a run that follows an interruption.
+    """
     if len(prompts) < 2:
         raise ConfigError("calibration needs at least two prompts: one of them is held out")
     fingerprint = model_fingerprint(config.model_dir)
     on_progress("loading the model", 0, 1)
+    runner = TorchModelRunner(config)
+    header = {
+        "fingerprint": fingerprint,
+        "dtype": runner.dtype,
+        "device": runner.device,
+        "max_num_seqs": config.max_num_seqs,
+        "num_kv_blocks": runner.num_kv_blocks,
+        "options": msgspec.to_builtins(options),
+        "prompts": prompts,
+    }
     return calibrate(
-        TorchModelRunner(config),
+        runner,
         [prompt for n, prompt in enumerate(prompts) if n % HELD_OUT_EVERY],
         list(prompts[::HELD_OUT_EVERY]),
+        options,
         fingerprint=fingerprint,
         max_num_seqs=config.max_num_seqs,
-        max_tokens=max_tokens,
-        warmup_tokens=warmup_tokens,
-        on_progress=on_progress,
+        work=Work(journal, header, on_progress),
     )
 
 
 @torch.inference_mode()
 def calibrate(
     runner: TorchModelRunner,
-    prompts: list[list[int]],
-    held_out_prompts: list[list[int]],
+    prompts: Prompts,
+    held_out_prompts: Prompts,
+    options: Options,
     *,
     fingerprint: str,
     max_num_seqs: int = 32,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    warmup_tokens: int = DEFAULT_WARMUP_TOKENS,
-    on_progress: OnProgress = no_progress,
+    work: Work | None = None,
 ) -> SkipProfile:
     """Raises ConfigError where the prompts do not fit the model, or the answers end so early that
     no token is decoded after the warm-up."""
     if runner.num_layers < 4:
         raise ConfigError(f"a model of {runner.num_layers} layers has no middle region to skip in")
-    total = 2 + len(TARGET_RATIOS)
-    on_progress("recording similarities", 0, total)
-    probe = Probe(runner, max_tokens=max_tokens, max_num_seqs=max_num_seqs)
-    similarities, generated = record(probe, prompts)
-    if not similarities.isfinite().all():
-        raise ConfigError("the model's values are not finite: it cannot be calibrated")
-    warm = similarities[generated >= warmup_tokens]
-    if not len(warm):
-        raise ConfigError(
-            f"every answer ended within the warm-up of {warmup_tokens} tokens: calibrate with "
-            "other prompts or fewer --warmup-tokens"
+    work = work or Work()
+    probe = Probe(runner, max_tokens=options.max_tokens, max_num_seqs=max_num_seqs)
+    calibration = _Calibration(probe, prompts, held_out_prompts, options, work)
+    return calibration.profile(fingerprint)
+
+
+class _Calibration:
+    """One run of the four steps above."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        prompts: Prompts,
+        held_out_prompts: Prompts,
+        options: Options,
+        work: Work,
+    ) -> None:
+        self._probe = probe
+        self._prompts = prompts
+        self._held_out = held_out_prompts
+        self._options = options
+        self._work = work
+        self._num_layers = probe.runner.num_layers
+        # One pass to record, and for each target the tries and a measurement of three rows each.
+        num_tried = EXPECTED_TRIES * len(prompts)
+        work.total = len(prompts) + len(TARGET_RATIOS) * (num_tried + 3 * len(held_out_prompts))
+
+    def profile(self, fingerprint: str) -> SkipProfile:
+        self._work.say("recording similarities")
+        seen = record(self._probe, self._prompts, self._work)
+        if not seen.similarities.isfinite().all():
+            raise ConfigError("the model's values are not finite: it cannot be calibrated")
+        warm = seen.similarities[seen.generated >= self._options.warmup_tokens]
+        if not len(warm):
+            raise ConfigError(
+                f"every answer ended within the warm-up of {self._options.warmup_tokens} tokens: "
+                "calibrate with other prompts or fewer --warmup-tokens"
+            )
+        region, wider = self._choose_region(seen.similarities.mean(dim=0).tolist(), warm)
+        points = self._measure_targets([region, *wider], warm)
+        self._work.finish()
+        config = self._probe.runner.model.config
+        return SkipProfile(
+            fingerprint=fingerprint,
+            model={
+                "model_type": config.model_type,
+                "num_layers": config.num_layers,
+                "hidden_size": config.hidden_size,
+                "intermediate_size": config.intermediate_size,
+                "vocab_size": config.vocab_size,
+                "dtype": self._probe.runner.dtype,
+            },
+            cold_start=region[0],
+            cold_end=region[1],
+            warmup_tokens=self._options.warmup_tokens,
+            num_prompts=len(self._prompts),
+            num_tokens=seen.num_tokens,
+            points=tuple(points),
+            similarity=_summary(seen),
         )
-    on_progress("choosing the skippable layers", 1, total)
-    regions = candidate_regions(similarities.mean(dim=0).tolist())
-    skips = [
-        SkipParams(policy="ffn_skip", warmup_tokens=warmup_tokens, cold_start=start, cold_end=end)
-        for start, end in regions
-    ]
-    costs = [_cost(probe, prompts, warm, skip) for skip in skips] if len(skips) > 1 else [0.0]
-    chosen = costs.index(min(costs))
-    points: list[SkipPoint] = []
-    drift = 1.0
-    for n, target in enumerate(TARGET_RATIOS, start=2):
-        reaching = [
-            skip
-            for skip in skips[: chosen + 1]  # each within the one before
-            if target <= max_reachable_ratio(skip, runner.num_layers)
-        ]
-        if not reaching:
-            break
-        skip = reaching[-1]
-        on_progress(f"fitting and measuring a skip ratio of {target:.0%}", n, total)
-        threshold, drift = _fit(probe, prompts, warm, skip, target, drift)
-        measured = measure(probe, held_out_prompts, replace(skip, threshold=threshold))
-        region = None if skip is skips[chosen] else (skip.cold_start, skip.cold_end)
-        point = _point(target, threshold, region, measured)
-        if _skips_more(point, points[-1:]):
-            points.append(point)  # else: too few tokens to tell the two thresholds apart
-    on_progress("done", total, total)
-    config = runner.model.config
-    return SkipProfile(
-        fingerprint=fingerprint,
-        model={
-            "model_type": config.model_type,
-            "num_layers": config.num_layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-            "dtype": runner.dtype,
-        },
-        cold_start=skips[chosen].cold_start,
-        cold_end=skips[chosen].cold_end,
-        warmup_tokens=warmup_tokens,
-        num_prompts=len(prompts),
-        num_tokens=len(similarities),
-        points=tuple(points),
-        similarity=_summary(similarities),
-    )
 
+    def _choose_region(
+        self, means: list[float], similarities: Tensor
+    ) -> tuple[Region, list[Region]]:
+        """(the profile's region, wider ones for targets beyond its reach, narrow to wide)."""
+        start, end = self._options.cold_start, self._options.cold_end
+        if start is not None or end is not None:
+            found = find_plateau(means)
+            start, end = found[0] if start is None else start, found[1] if end is None else end
+            if not 0 < start < end - 1 < self._num_layers - 1:
+                raise ConfigError(
+                    f"--cold-start {start} and --cold-end {end}: between them must be two layers "
+                    f"or more, without the first and the last of {self._num_layers}"
+                )
+            return (start, end), []
+        regions = candidate_regions(means)
+        if len(regions) == 1:
+            return regions[0], wider_regions(means, regions[0])
+        one = EXPECTED_TRIES + 3
+        self._work.total += len(regions) * one * len(self._prompts)
+        costs = []
+        for n, region in enumerate(regions, start=1):
+            self._work.say(f"comparing regions, {n} of {len(regions)}")
+            skip = self._skip(region)
+            threshold, _ = self._fit(similarities, skip, REGION_RATIO, 1.0)
+            skip = replace(skip, threshold=threshold)
+            costs.append(measure(self._probe, self._prompts, skip, self._work, "cost").kl)
+        chosen = costs.index(min(costs))
+        return regions[chosen], [*regions[:chosen][::-1], *wider_regions(means, regions[0])]
 
-# From similarities to settings -------------------------------------------------------------------
+    def _measure_targets(self, regions: list[Region], similarities: Tensor) -> list[SkipPoint]:
+        """A point for each target ratio that one of the regions, narrow to wide, reaches."""
+        points: list[SkipPoint] = []
+        drift = 1.0
+        for target in TARGET_RATIOS:
+            skips = map(self._skip, regions)
+            skip = next((s for s in skips if target <= self._reach(s)), None)
+            if skip is None:
+                break
+            self._work.say(f"fitting and measuring a skip ratio of {target:.0%}")
+            threshold, drift = self._fit(similarities, skip, target, drift)
+            skip = replace(skip, threshold=threshold)
+            measured = measure(self._probe, self._held_out, skip, self._work)
+            own = (skip.cold_start, skip.cold_end)
+            point = _point(target, threshold, None if own == regions[0] else own, measured)
+            if _skips_more(point, points[-1:]):
+                points.append(point)  # else: too few tokens to tell the two thresholds apart
+        return points
 
+    def _fit(
+        self, similarities: Tensor, skip: SkipParams, target: float, drift: float
+    ) -> tuple[float, float]:
+        """(threshold, drift): the threshold whose free generation comes nearest to the target.
 
-def candidate_regions(means: Sequence[float]) -> list[tuple[int, int]]:
-    """Regions (cold_start, cold_end), each within the one before: the plateau, then without its
-    worse end layer, and so on while there is still room to spare at REGION_RATIO; MAX_REGIONS of
-    them.
-    """
-    start, end = find_plateau(means)
-    regions = [(start, end)]
-    min_size = math.ceil(MIN_REACH * len(means)) + 1  # one triggers, the others are skipped
-    while end - start > min_size:
-        if means[start] < means[end - 1]:
-            start += 1
-        else:
-            end -= 1
-        regions.append((start, end))
-    step = max(1.0, (len(regions) - 1) / (MAX_REGIONS - 1))
-    return [regions[round(n * step)] for n in range(min(len(regions), MAX_REGIONS))]
+        Skipping changes what later layers and tokens see, so the ratio drifts from the one that the
+        full model's similarities foretell. The drift found for one target is the guess for the
+        next.
+        """
+        tries: list[tuple[float, float, float]] = []  # miss, threshold, drift
+        for _ in range(MAX_TRIES):
+            ratio = min(target * drift, self._reach(skip))
+            threshold = find_threshold(similarities, skip, ratio)
+            skipping = replace(skip, threshold=threshold)
+            ratio = free_skip_ratio(self._probe, self._prompts, skipping, self._work)
+            tries.append((abs(ratio - target), threshold, drift))
+            if abs(ratio - target) <= TOLERANCE:
+                break
+            drift *= min(2.0, target / ratio) if ratio else 2.0
+        self._work.total += (len(tries) - EXPECTED_TRIES) * len(self._prompts)
+        _, threshold, drift = min(tries)
+        return threshold, drift
 
+    def _skip(self, region: Region) -> SkipParams:
+        return SkipParams(
+            policy="ffn_skip",
+            warmup_tokens=self._options.warmup_tokens,
+            cold_start=region[0],
+            cold_end=region[1],
+        )
 
-def find_plateau(means: Sequence[float]) -> tuple[int, int]:
-    """(first layer, last layer + 1) of the longest run on the plateau of the mean similarity.
-
-    The plateau's height is the median over the middle half of the layers. A layer is on it when its
-    FFN turns the residual by no more than PLATEAU_FACTOR times as much, measured as 1 - similarity.
-    The first and the last layer are cold in any case.
-    """
-    changes = [1.0 - mean for mean in means]
-    quarter = len(changes) // 4
-    level = PLATEAU_FACTOR * median(changes[quarter : len(changes) - quarter])
-    longest = start = 1
-    end = 1
-    for layer in range(1, len(changes) - 1):
-        if changes[layer] > level:
-            start = layer + 1
-        elif layer + 1 - start > end - longest:
-            longest, end = start, layer + 1
-    return longest, end
-
-
-def max_reachable_ratio(skip: SkipParams, num_layers: int) -> float:
-    """Where every token triggers at the first skippable layer, and skips all the others."""
-    return max(0, skip.cold_end - 1 - skip.cold_start) / num_layers
-
-
-def find_threshold(similarities: Tensor, skip: SkipParams, ratio: float) -> float:
-    """The threshold that skips this share of the FFN blocks, on similarities [num_tokens,
-    num_layers] as the full model sees them. 0 < ratio <= max_reachable_ratio.
-
-    A token skips one block for every layer of cold_start .. cold_end - 2 at or before which the
-    threshold was reached. So the number of skipped blocks under a threshold is the number of
-    entries of the running maximum (along the layers) that reach it, and a ratio a rank among them.
-    """
-    num_tokens, num_layers = similarities.shape
-    reached = similarities[:, skip.cold_start : skip.cold_end - 1].cummax(dim=1).values.flatten()
-    rank = min(max(1, round(ratio * num_layers * num_tokens)), len(reached))
-    threshold = float(reached.sort(descending=True).values[rank - 1])
-    rounded = math.floor(threshold * 10**DIGITS) / 10**DIGITS  # down: the rank has to reach it
-    return float(min(1.0, rounded))
-
-
-def _fit(
-    probe: Probe,
-    prompts: list[list[int]],
-    similarities: Tensor,
-    skip: SkipParams,
-    target: float,
-    drift: float,
-) -> tuple[float, float]:
-    """(threshold, drift): the threshold whose free generation comes nearest to the target.
-
-    Skipping changes what later layers and tokens see, so the ratio drifts from the one that the
-    full model's similarities foretell. The drift found for one target is the guess for the next.
-    """
-    limit = max_reachable_ratio(skip, probe.runner.num_layers)
-    tries: list[tuple[float, float, float]] = []  # miss, threshold, drift
-    for _ in range(MAX_TRIES):
-        threshold = find_threshold(similarities, skip, min(target * drift, limit))
-        ratio = free_skip_ratio(probe, prompts, replace(skip, threshold=threshold))
-        tries.append((abs(ratio - target), threshold, drift))
-        if abs(ratio - target) <= TOLERANCE:
-            break
-        drift *= min(2.0, target / ratio) if ratio else 2.0
-    _, threshold, drift = min(tries)
-    return threshold, drift
-
-
-def _cost(probe: Probe, prompts: list[list[int]], similarities: Tensor, skip: SkipParams) -> float:
-    """KL from the full model when the region of `skip` is used for REGION_RATIO."""
-    threshold, _ = _fit(probe, prompts, similarities, skip, REGION_RATIO, 1.0)
-    return measure(probe, prompts, replace(skip, threshold=threshold)).kl
+    def _reach(self, skip: SkipParams) -> float:
+        return max_reachable_ratio(skip, self._num_layers)
 
 
 def _point(
-    target: float, threshold: float, region: tuple[int, int] | None, measured: Measurement
+    target: float, threshold: float, region: Region | None, measured: Measurement
 ) -> SkipPoint:
     return SkipPoint(
         target_ratio=target,
         threshold=threshold,
         region=region,
         token_skip_ratio=round(measured.token_skip_ratio, DIGITS),
+        weight_skip_ratio={
+            batch: round(measured.weight_skip_ratio(batch), DIGITS) for batch in BATCHES
+        },
         top1_agreement=round(measured.top1_agreement, DIGITS),
         kl=round(max(0.0, measured.kl), DIGITS),
+        perplexity_change=round(measured.perplexity_change, DIGITS),
         trigger_layers=tuple(measured.trigger_layers),
         num_tokens=measured.num_free_tokens,
     )
@@ -270,17 +272,18 @@ def _skips_more(point: SkipPoint, before: list[SkipPoint]) -> bool:
     )
 
 
-def _summary(similarities: Tensor) -> tuple[LayerSimilarity, ...]:
-    means = similarities.mean(dim=0).tolist()
+def _summary(seen: Recording) -> tuple[LayerSimilarity, ...]:
+    means = seen.similarities.mean(dim=0).tolist()
     quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    columns = similarities.quantile(quantiles, dim=0).T.tolist()
+    columns = seen.similarities.quantile(quantiles, dim=0).T.tolist()
     names = ("p05", "p25", "p50", "p75", "p95")
     return tuple(
         LayerSimilarity(
             mean=_within_one(mean),
             **{name: _within_one(value) for name, value in zip(names, values, strict=True)},
+            block_influence=round(max(0.0, influence), DIGITS),
         )
-        for mean, values in zip(means, columns, strict=True)
+        for mean, values, influence in zip(means, columns, seen.block_influence, strict=True)
     )
 
 

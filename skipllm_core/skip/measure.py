@@ -2,123 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from skipllm_core.engine.runner import ScheduledSeq
 from skipllm_core.errors import ConfigError
-from skipllm_core.runner.model_runner import TorchModelRunner
+from skipllm_core.model.attention import ContextRow
 from skipllm_core.sequence import Sequence as Seq
-from skipllm_core.skip.policy import NeverGate, SkipGate, gate_for, skip_at
-from skipllm_core.types import SamplingParams, SkipParams
+from skipllm_core.skip.policy import NeverGate, gate_for, similarity, skip_at
+from skipllm_core.skip.probe import Probe, Prompts, extend
+from skipllm_core.skip.work import Work
+from skipllm_core.types import SkipParams
 
 FULL = SkipParams(policy="never")
+MAX_RECORDED_TOKENS = 2**16  # the similarities of more are not kept: every n-th token's are
 
 
-class Probe:
-    """Drives the runner with sequences of its own: each has the blocks for its prompt and answer
-    from the start, and all of a group take their steps together."""
-
-    def __init__(self, runner: TorchModelRunner, *, max_tokens: int, max_num_seqs: int) -> None:
-        self.runner = runner
-        self._max_tokens = max_tokens
-        self._max_num_seqs = max_num_seqs
-        self._eos_token_ids = runner.model.config.eos_token_ids
-
-    def groups(self, prompts: list[list[int]], rows_per_prompt: int) -> list[list[list[int]]]:
-        """The prompts in groups that fit into the cache at once, `rows_per_prompt` times each."""
-        longest = max(map(len, prompts))
-        if longest > self.runner.max_model_len - 2:  # one token is sampled, one decoded
-            raise ConfigError(
-                f"a prompt of {longest} tokens leaves no room for an answer in a context of "
-                f"{self.runner.max_model_len}"
-            )
-        num_fitting = self.runner.num_kv_blocks // self._num_blocks(longest)
-        size = min(num_fitting, self._max_num_seqs) // rows_per_prompt
-        if not size:
-            raise ConfigError(
-                f"calibration runs {rows_per_prompt} sequences of {self._max_len(longest)} "
-                "tokens side by side: raise --kv-cache-memory or --max-num-seqs"
-            )
-        return [prompts[n : n + size] for n in range(0, len(prompts), size)]
-
-    def prefill(self, prompts: list[list[int]], *skips: SkipParams) -> list[list[Seq]]:
-        """One list of sequences per skip setting, each with its prompt in the cache and the first
-        token generated."""
-        num_blocks = self._num_blocks(max(map(len, prompts)))
-        columns: list[list[Seq]] = []
-        for skip in skips:
-            columns.append([])
-            for prompt in prompts:
-                seq = Seq(0, prompt, SamplingParams(max_tokens=self._max_tokens, skip=skip))
-                first_block = num_blocks * sum(map(len, columns))
-                seq.block_table = list(range(first_block, first_block + num_blocks))
-                row = ScheduledSeq(seq, seq.num_tokens)
-                extend(seq, int(self.runner.logits([row], NeverGate(seq.num_tokens)).argmax()))
-                columns[-1].append(seq)
-        return columns
-
-    def decode(self, seqs: list[Seq], gate: SkipGate) -> Tensor:
-        """The next logits [num_seqs, vocab] of sequences that `extend` gave their newest token."""
-        return self.runner.logits([ScheduledSeq(seq, 1) for seq in seqs], gate)
-
-    def has_ended(self, seq: Seq) -> bool:
-        is_full = seq.num_tokens >= self._max_len(seq.num_prompt_tokens)
-        return is_full or seq.token_ids[-1] in self._eos_token_ids
-
-    def _max_len(self, num_prompt_tokens: int) -> int:
-        return min(num_prompt_tokens + self._max_tokens, self.runner.max_model_len)
-
-    def _num_blocks(self, num_prompt_tokens: int) -> int:
-        return -(-self._max_len(num_prompt_tokens) // self.runner.block_size)
+# What the full model sees ------------------------------------------------------------------------
 
 
-def extend(seq: Seq, token_id: int) -> None:
-    """Everything before the new token is in the cache."""
-    seq.num_computed_tokens = seq.num_tokens
-    seq.token_ids.append(token_id)
+@dataclass(slots=True)
+class Recording:
+    """The full model's greedy answers, seen from inside.
 
-
-class SimilarityRecorder(NeverGate):
-    """Skips nothing and keeps what it is shown."""
-
-    def __init__(self, num_rows: int) -> None:
-        super().__init__(num_rows)
-        self._layers: list[Sequence[float]] = []
-
-    def watches(self, layer: int) -> bool:
-        return True
-
-    def observe(self, layer: int, similarities: Sequence[float]) -> None:
-        self._layers.append(similarities)
-
-    @property
-    def similarities(self) -> Tensor:
-        """[num_rows, num_layers], on the CPU."""
-        return torch.tensor(self._layers).T
-
-
-def record(probe: Probe, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The full model's greedy answers, seen from inside. Per decoded token: the similarity of each
-    layer [num_tokens, num_layers], and how many tokens its answer had before it [num_tokens].
+    Of the tokens kept: the similarity of each layer [num_kept, num_layers], and how many tokens
+    their answers had before them [num_kept]. Of all of them: the layers' Block Influence.
     """
-    similarities: list[Tensor] = []
-    generated: list[int] = []
-    for group in probe.groups(prompts, rows_per_prompt=1):
-        (seqs,) = probe.prefill(group, FULL)
-        while seqs := [seq for seq in seqs if not probe.has_ended(seq)]:
-            gate = SimilarityRecorder(len(seqs))
-            tokens = probe.decode(seqs, gate).argmax(dim=-1).tolist()
-            similarities.append(gate.similarities)
-            generated += [seq.num_output_tokens for seq in seqs]
-            for seq, token_id in zip(seqs, tokens, strict=True):
-                extend(seq, token_id)
-    if not similarities:
+
+    similarities: Tensor
+    generated: Tensor
+    block_influence: list[float]
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A group's share of a `Recording`; the sums of cos(layer in, layer out) are by layer."""
+
+    similarities: bytes  # float32
+    generated: list[int]
+    layer_cosines: list[float]
+    num_tokens: int
+
+
+def record(probe: Probe, prompts: Prompts, work: Work) -> Recording:
+    longest_answer = min(probe.max_tokens, probe.runner.max_model_len)
+    every = math.ceil(len(prompts) * longest_answer / MAX_RECORDED_TOKENS)
+    seen = [
+        work.do(
+            f"record {number}",
+            len(group),
+            partial(_record_group, probe, group, every),
+            _Seen,
+        )
+        for number, group in enumerate(probe.groups(prompts, rows_per_prompt=1))
+    ]
+    num_tokens = sum(one.num_tokens for one in seen)
+    if not num_tokens:
         raise ConfigError("every answer of the model is a single token: nothing is decoded")
-    return torch.cat(similarities), torch.tensor(generated)
+    data = bytearray().join(one.similarities for one in seen)
+    sums = [sum(layer) for layer in zip(*(one.layer_cosines for one in seen), strict=True)]
+    return Recording(
+        torch.frombuffer(data, dtype=torch.float32).view(-1, probe.runner.num_layers),
+        torch.tensor([count for one in seen for count in one.generated]),
+        [1.0 - cosine / num_tokens for cosine in sums],
+        num_tokens,
+    )
+
+
+def _record_group(probe: Probe, prompts: Prompts, every: int) -> _Seen:
+    (all_seqs,) = probe.prefill(prompts, FULL)
+    seqs = all_seqs
+    while seqs := [seq for seq in seqs if not probe.has_ended(seq)]:
+        tokens = probe.decode(seqs, NeverGate(len(seqs))).argmax(dim=-1).tolist()
+        for seq, token_id in zip(seqs, tokens, strict=True):
+            extend(seq, token_id)
+    num_layers = probe.runner.num_layers
+    seen = _Seen(b"", [], [0.0] * num_layers, 0)
+    parts = []
+    for seq in all_seqs:
+        if seq.num_output_tokens < 2:
+            continue  # its only token came with the prompt
+        ffns, layers = _look_inside(probe, seq)
+        kept = torch.arange((-seen.num_tokens) % every, len(ffns), every)
+        parts.append(ffns[kept])
+        seen.generated += (kept + 1).tolist()
+        seen.num_tokens += len(ffns)
+        of_seq = layers.double().sum(dim=0).tolist()
+        seen.layer_cosines = [a + b for a, b in zip(seen.layer_cosines, of_seq, strict=True)]
+    if parts:
+        seen.similarities = torch.cat(parts).numpy().tobytes()
+    return seen
+
+
+def _look_inside(probe: Probe, seq: Seq) -> tuple[Tensor, Tensor]:
+    """Cosines before and after each layer's FFN, and before and after each layer, of the tokens of
+    an answer that were decoded: [num_tokens, num_layers] float32 each, on the CPU. The answer is
+    run again in one piece, behind its prompt, which the cache has."""
+    runner = probe.runner
+    start, num_tokens = seq.num_prompt_tokens, seq.num_output_tokens - 1
+    row = ContextRow(start, num_tokens, seq.block_table)
+    ctx = runner.model.context([row], runner.kv_cache)
+    token_ids = seq.token_ids[start : start + num_tokens]
+    h = runner.model.embed(torch.tensor(token_ids, device=runner.kv_cache.device))
+    ffns, layers = [], []
+    for block in runner.model.blocks:
+        attended = block.attend(h, ctx)
+        after = block.feed_forward(attended)
+        ffns.append(similarity(attended, after))
+        layers.append(similarity(h, after))
+        h = after
+    return torch.stack(ffns, dim=-1).cpu(), torch.stack(layers, dim=-1).cpu()
+
+
+# What skipping does ------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -128,16 +129,28 @@ class Measurement:
     `free`: the skipping model reads its own text; `forced`: it reads the full model's.
     """
 
-    trigger_layers: list[int]  # per layer, over the free tokens
+    trigger_layers: list[int]  # per layer: free tokens that triggered there,
+    skipped_layers: list[int]  # and that skipped it
     num_free_tokens: int = 0
-    num_skipped: int = 0
     num_forced_tokens: int = 0
     num_agreeing: int = 0
     sum_kl: float = 0.0
+    sum_nll: float = 0.0  # of the full model's text,
+    sum_full_nll: float = 0.0  # and of the same by the full model
+
+    @classmethod
+    def none(cls, num_layers: int) -> Measurement:
+        return cls(trigger_layers=[0] * num_layers, skipped_layers=[0] * num_layers)
 
     @property
     def token_skip_ratio(self) -> float:
-        return self.num_skipped / max(1, self.num_free_tokens * len(self.trigger_layers))
+        return self.weight_skip_ratio(batch=1)
+
+    def weight_skip_ratio(self, batch: int) -> float:
+        """Share of FFN weight reads that `batch` rows avoid which skip independently of each other:
+        layer l is not read where all of them skip it, with probability P(skips l) ** batch."""
+        shares = [count / max(1, self.num_free_tokens) for count in self.skipped_layers]
+        return sum(share**batch for share in shares) / len(shares)
 
     @property
     def top1_agreement(self) -> float:
@@ -148,51 +161,96 @@ class Measurement:
         """KL(full || skipping) in nats per token."""
         return self.sum_kl / max(1, self.num_forced_tokens)
 
+    @property
+    def perplexity_change(self) -> float:
+        """Skipping's perplexity over the full model's, less 1."""
+        return math.expm1((self.sum_nll - self.sum_full_nll) / max(1, self.num_forced_tokens))
 
-def measure(probe: Probe, prompts: list[list[int]], skip: SkipParams) -> Measurement:
+    def add(self, other: Measurement) -> None:
+        for name in ("trigger_layers", "skipped_layers"):
+            pairs = zip(getattr(self, name), getattr(other, name), strict=True)
+            setattr(self, name, [a + b for a, b in pairs])
+        for name in (
+            "num_free_tokens", "num_forced_tokens", "num_agreeing",
+            "sum_kl", "sum_nll", "sum_full_nll",
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def measure(
+    probe: Probe, prompts: Prompts, skip: SkipParams, work: Work, name: str = "measure"
+) -> Measurement:
     """Each prompt three times side by side: in full, skipping on the full one's text, and skipping
     freely. All greedy."""
-    result = Measurement(trigger_layers=[0] * probe.runner.num_layers)
-    for group in probe.groups(prompts, rows_per_prompt=3):
-        full, forced, free = probe.prefill(group, FULL, skip, skip)
-        while True:
-            going = [n for n, seq in enumerate(full) if not probe.has_ended(seq)]
-            full, forced = [full[n] for n in going], [forced[n] for n in going]
-            free = [seq for seq in free if not probe.has_ended(seq)]
-            if not full and not free:
-                break
-            seqs = full + forced + free
-            gate = gate_for([skip_at(seq, seq.num_tokens - 1) for seq in seqs])
-            logits = probe.decode(seqs, gate)
-            n = len(full)
-            _count_forced(result, forced, logits[:n], logits[n : 2 * n])
-            _count_free(result, free, gate.skipped_layers[2 * n :])
-            tokens = logits.argmax(dim=-1).tolist()
-            for seq, token_id in zip(seqs, tokens[:n] + tokens[:n] + tokens[2 * n :], strict=True):
-                extend(seq, token_id)
+    return _over_groups(probe, prompts, skip, work, name, 3, _measure_group)
+
+
+def free_skip_ratio(
+    probe: Probe, prompts: Prompts, skip: SkipParams, work: Work, name: str = "free"
+) -> float:
+    """The token_skip_ratio of greedy answers after the warm-up, and nothing else."""
+    return _over_groups(probe, prompts, skip, work, name, 1, _free_group).token_skip_ratio
+
+
+def _over_groups(
+    probe: Probe,
+    prompts: Prompts,
+    skip: SkipParams,
+    work: Work,
+    name: str,
+    rows_per_prompt: int,
+    of_group: Callable[[Probe, Prompts, SkipParams], Measurement],
+) -> Measurement:
+    what = f"{name} {skip.cold_start} {skip.cold_end} {skip.threshold!r}"
+    result = Measurement.none(probe.runner.num_layers)
+    for number, group in enumerate(probe.groups(prompts, rows_per_prompt)):
+        compute = partial(of_group, probe, group, skip)
+        amount = rows_per_prompt * len(group)
+        result.add(work.do(f"{what} {number}", amount, compute, Measurement))
     return result
 
 
-def free_skip_ratio(probe: Probe, prompts: list[list[int]], skip: SkipParams) -> float:
-    """The token_skip_ratio of greedy answers after the warm-up, and nothing else."""
-    result = Measurement(trigger_layers=[0] * probe.runner.num_layers)
-    for group in probe.groups(prompts, rows_per_prompt=1):
-        (seqs,) = probe.prefill(group, skip)
-        while seqs := [seq for seq in seqs if not probe.has_ended(seq)]:
-            gate = gate_for([skip_at(seq, seq.num_tokens - 1) for seq in seqs])
-            tokens = probe.decode(seqs, gate).argmax(dim=-1).tolist()
-            _count_free(result, seqs, gate.skipped_layers)
-            for seq, token_id in zip(seqs, tokens, strict=True):
-                extend(seq, token_id)
-    return result.token_skip_ratio
+def _measure_group(probe: Probe, prompts: Prompts, skip: SkipParams) -> Measurement:
+    result = Measurement.none(probe.runner.num_layers)
+    full, forced, free = probe.prefill(prompts, FULL, skip, skip)
+    while True:
+        going = [n for n, seq in enumerate(full) if not probe.has_ended(seq)]
+        full, forced = [full[n] for n in going], [forced[n] for n in going]
+        free = [seq for seq in free if not probe.has_ended(seq)]
+        if not full and not free:
+            return result
+        seqs = full + forced + free
+        gate = gate_for([skip_at(seq, seq.num_tokens - 1) for seq in seqs])
+        logits = probe.decode(seqs, gate)
+        n = len(full)
+        _count_forced(result, forced, logits[:n], logits[n : 2 * n])
+        _count_free(result, free, gate.skipped_layers[2 * n :])
+        tokens = logits.argmax(dim=-1).tolist()
+        for seq, token_id in zip(seqs, tokens[:n] + tokens[:n] + tokens[2 * n :], strict=True):
+            extend(seq, token_id)
+
+
+def _free_group(probe: Probe, prompts: Prompts, skip: SkipParams) -> Measurement:
+    result = Measurement.none(probe.runner.num_layers)
+    (seqs,) = probe.prefill(prompts, skip)
+    while seqs := [seq for seq in seqs if not probe.has_ended(seq)]:
+        gate = gate_for([skip_at(seq, seq.num_tokens - 1) for seq in seqs])
+        tokens = probe.decode(seqs, gate).argmax(dim=-1).tolist()
+        _count_free(result, seqs, gate.skipped_layers)
+        for seq, token_id in zip(seqs, tokens, strict=True):
+            extend(seq, token_id)
+    return result
 
 
 def _count_forced(result: Measurement, seqs: list[Seq], full: Tensor, skipping: Tensor) -> None:
     rows = [n for n, seq in enumerate(seqs) if not seq.is_warming_up]
     full, skipping = full[rows].log_softmax(dim=-1), skipping[rows].log_softmax(dim=-1)
+    text = full.argmax(dim=-1, keepdim=True)  # what the full model goes on with
     result.num_forced_tokens += len(rows)
-    result.num_agreeing += int((full.argmax(dim=-1) == skipping.argmax(dim=-1)).sum())
+    result.num_agreeing += int((text[:, 0] == skipping.argmax(dim=-1)).sum())
     result.sum_kl += float((full.exp() * (full - skipping)).sum())
+    result.sum_nll -= float(skipping.gather(1, text).sum())
+    result.sum_full_nll -= float(full.gather(1, text).sum())
 
 
 def _count_free(
@@ -202,6 +260,7 @@ def _count_free(
         if seq.is_warming_up:
             continue
         result.num_free_tokens += 1
-        result.num_skipped += len(skipped)
         if skipped:
             result.trigger_layers[skipped[0] - 1] += 1
+        for layer in skipped:
+            result.skipped_layers[layer] += 1

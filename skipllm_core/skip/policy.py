@@ -12,13 +12,16 @@ found anew for every token.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from skipllm_core import sequence
+from skipllm_core.skip.baselines import PlannedSkip, planned_skip
 from skipllm_core.types import SkipParams
+
+SkipRule: TypeAlias = SkipParams | PlannedSkip  # one token's: adaptive, or known before its step
 
 
 class SkipGate(Protocol):
@@ -34,6 +37,11 @@ class SkipGate(Protocol):
         """Per row, the layers it skipped so far, ascending."""
         ...
 
+    @property
+    def whole_layer_rows(self) -> Collection[int]:
+        """Rows that leave out the attention of the layers whose FFN they skip, too."""
+        ...
+
     def rows_to_run(self, layer: int) -> Collection[int]: ...
 
     def watches(self, layer: int) -> bool: ...
@@ -43,6 +51,8 @@ class SkipGate(Protocol):
 
 class NeverGate:
     """Every row runs every layer; used whenever no row of the step can skip, and costs nothing."""
+
+    whole_layer_rows: Collection[int] = ()
 
     def __init__(self, num_rows: int) -> None:
         self.skipped_layers: list[tuple[int, ...]] = [()] * num_rows
@@ -58,27 +68,35 @@ class NeverGate:
         pass
 
 
-class FfnSkipGate:
-    """The adaptive rule above, per row (`row_exact`): a row's decisions depend on it alone.
+class RowGate:
+    """Each row by its own rule (`row_exact`): a row's decisions depend on it alone.
 
-    `rows` bears each row's settings, None for a row that cannot skip in this step. Control flow is
-    on the host: it watches the layers at which some row may still trigger.
+    `rows` bears each row's rule, as `skip_at` gives it: the settings of the adaptive rule above, a
+    plan, or None for a row that cannot skip in this step. Control flow is on the host: it watches
+    the layers at which some row may still trigger.
     """
 
-    def __init__(self, rows: Sequence[SkipParams | None]) -> None:
+    def __init__(self, rows: Sequence[SkipRule | None]) -> None:
         self.skipped_layers: list[list[int]] = [[] for _ in rows]
         self._rows = range(len(rows))
-        self._watched = {row: skip for row, skip in enumerate(rows) if skip is not None}
+        self._watched = {row: rule for row, rule in enumerate(rows) if isinstance(rule, SkipParams)}
         self._triggered: dict[int, SkipParams] = {}
+        self._planned = {row: rule for row, rule in enumerate(rows) if _is_plan(rule)}
+        self.whole_layer_rows: Collection[int] = [
+            row for row, plan in self._planned.items() if plan.whole_layers
+        ]
 
     def rows_to_run(self, layer: int) -> Collection[int]:
-        if not self._triggered:
+        if not self._triggered and not self._planned:
             return self._rows
         return [row for row in self._rows if not self._skips(row, layer)]
 
     def _skips(self, row: int, layer: int) -> bool:
-        skip, skipped = self._triggered.get(row), self.skipped_layers[row]
-        if skip is None or not may_skip(skip, layer, len(skipped)):
+        skipped = self.skipped_layers[row]
+        if (skip := self._triggered.get(row)) is not None:
+            if not may_skip(skip, layer, len(skipped)):
+                return False
+        elif (plan := self._planned.get(row)) is None or layer not in plan.layers:
             return False
         skipped.append(layer)
         return True
@@ -90,6 +108,10 @@ class FfnSkipGate:
         for row, skip in tuple(self._watched.items()):
             if may_trigger(skip, layer) and similarities[row] >= skip.threshold:
                 self._triggered[row] = self._watched.pop(row)
+
+
+def _is_plan(rule: SkipRule | None) -> TypeGuard[PlannedSkip]:
+    return isinstance(rule, PlannedSkip)
 
 
 def may_skip(skip: SkipParams, layer: int, num_skipped: int) -> bool:
@@ -106,6 +128,8 @@ def may_trigger(skip: SkipParams, layer: int) -> bool:
 
 class ForcedGate:
     """Skips exactly the given blocks: `mask[row][layer]` true means skipped, whatever is seen."""
+
+    whole_layer_rows: Collection[int] = ()
 
     def __init__(self, mask: Sequence[Sequence[bool]]) -> None:
         self.skipped_layers: list[list[int]] = [[] for _ in mask]
@@ -135,22 +159,27 @@ def similarity(before: Tensor, after: Tensor) -> Tensor:
     return torch.cosine_similarity(before.to(torch.float32), after.to(torch.float32), dim=-1)
 
 
-def gate_for(rows: Sequence[SkipParams | None]) -> SkipGate:
+def gate_for(rows: Sequence[SkipRule | None]) -> SkipGate:
     """The gate of a step over these rows: the free one when none of them can skip."""
     if any(row is not None for row in rows):
-        return FfnSkipGate(rows)
+        return RowGate(rows)
     return NeverGate(len(rows))
 
 
-def skip_at(seq: sequence.Sequence, position: int) -> SkipParams | None:
-    """The settings under which the token at `position` of `seq` is decoded; None: in full.
+def skip_at(seq: sequence.Sequence, position: int) -> SkipRule | None:
+    """The rule under which the token at `position` of `seq` is decoded; None: in full.
 
     The token at `num_prompt_tokens - 1 + t` is the one whose decoding generates output token t. The
-    prompt's tokens (t <= 0) and the first `warmup_tokens` output tokens are computed in full.
+    prompt's tokens (t <= 0) and the first `warmup_tokens` output tokens are computed in full, but
+    for `layer_drop`.
     """
     skip = seq.skip
+    if skip.policy == "never":
+        return None
     generated = position - seq.num_prompt_tokens + 1
-    if skip.policy == "never" or generated < max(1, skip.warmup_tokens):
+    if skip.policy != "ffn_skip":
+        return planned_skip(seq, position, generated)
+    if generated < max(1, skip.warmup_tokens):
         return None
     if skip.max_skips == 0 or skip.cold_end - skip.cold_start < 2:
         return None  # nothing is skippable: spare the similarities

@@ -1,4 +1,4 @@
-"""Skip profiles: what calibration found out about one model, and requests' wishes made numbers.
+"""Skip profiles: what calibration found out about one model.
 
 A profile is a YAML file made by `skipllm calibrate`. No torch here: the server process reads it.
 """
@@ -6,17 +6,15 @@ A profile is a YAML file made by `skipllm calibrate`. No torch here: the server 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 import yaml
 
-from skipllm_core.errors import InvalidRequestError, ProfileError
-from skipllm_core.types import SkipParams, SkipPolicyName
+from skipllm_core.errors import ProfileError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 DEFAULT_WARMUP_TOKENS = 25  # where the paper's ablation saturates
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -25,7 +23,9 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class LayerSimilarity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """cos(h, h + FFN(h)) of one layer over the tokens that the full model generated."""
+    """cos(h, h + FFN(h)) of one layer over the tokens that the full model generated, and the
+    layer's Block Influence over the same tokens: 1 - mean cos(layer in, layer out) (ShortGPT, arXiv
+    2403.03853)."""
 
     mean: Cosine
     p05: Cosine
@@ -33,6 +33,7 @@ class LayerSimilarity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     p50: Cosine
     p75: Cosine
     p95: Cosine
+    block_influence: Annotated[float, msgspec.Meta(ge=0, le=2)]
 
 
 class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,16 +41,21 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     The ratio is that of free generation, over the tokens decoded after the warm-up; agreement and
     KL(full || skipping), in nats per token, are those of the next-token distributions when both
-    read the full model's text. `trigger_layers[l]` counts tokens that triggered at layer l; the
-    rest of `num_tokens` skipped nothing.
+    read the full model's text. So is the change of the perplexity, exp(mean negative
+    log-likelihood) of that text: 0.1 is 10 % above the full model's. `trigger_layers[l]` counts
+    tokens that triggered at layer l; the rest of `num_tokens` skipped nothing. `weight_skip_ratio`
+    has, by batch size, the share of FFN weight reads avoided by rows that skip independently of
+    each other: of layer l, P(a token skips l) ** batch.
     """
 
     target_ratio: Share
     threshold: Cosine
     region: tuple[Count, Count] | None = None  # cold_start, cold_end, if not the profile's own
     token_skip_ratio: Share
+    weight_skip_ratio: dict[int, Share]  # batch size -> ratio
     top1_agreement: Share
     kl: Annotated[float, msgspec.Meta(ge=0)]
+    perplexity_change: Annotated[float, msgspec.Meta(ge=-1)]
     trigger_layers: tuple[Count, ...]
     num_tokens: Count
 
@@ -59,7 +65,7 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     of their own. `model` is its identity for readers, `fingerprint` (of config and weights) the one
     that is checked. Points go from little skipping to much."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     fingerprint: str
     model: dict[str, str | int]
     cold_start: Count
@@ -93,6 +99,17 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         if not self.points:
             return 0.0
         return max(self.points[-1].target_ratio, self.points[-1].token_skip_ratio)
+
+    def ratio_at_agreement(self, least: float) -> float | None:
+        """The largest measured ratio whose top-1 agreement is at least this; None: none is."""
+        ratios = [p.token_skip_ratio for p in self.points if p.top1_agreement >= least]
+        return max(ratios, default=None)
+
+    def region_of_size(self, num_layers: float) -> tuple[int, int]:
+        """The narrowest of the measured regions with so many layers, else the widest."""
+        regions = [(self.cold_start, self.cold_end), *map(self.region_at, self.points)]
+        by_size = sorted(regions, key=lambda region: region[1] - region[0])
+        return next((r for r in by_size if r[1] - r[0] >= num_layers), by_size[-1])
 
     def region_at(self, point: SkipPoint) -> tuple[int, int]:
         """(cold_start, cold_end) of one of the points."""
@@ -144,12 +161,22 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
             _refuse_non_finite(data)
+            _refuse_other_schema(data)
             return msgspec.convert(data, cls)
         except OSError as error:
             raise ProfileError(f"cannot read skip profile {path}: {error.strerror}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ProfileError(f"skip profile {path} is malformed: {reason}") from None
+
+
+def _refuse_other_schema(data: object) -> None:
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise ValueError(
+            f"its schema is version {version}, this skipllm reads version {SCHEMA_VERSION}: run "
+            "`skipllm calibrate` again"
+        )
 
 
 def _refuse_non_finite(data: object) -> None:
@@ -161,102 +188,3 @@ def _refuse_non_finite(data: object) -> None:
     if isinstance(data, list):
         for item in data:
             _refuse_non_finite(item)
-
-
-# From wishes to numbers --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipDefaults:
-    """The server's settings, used where a request says nothing. Ratio or threshold, not both."""
-
-    policy: SkipPolicyName = "never"
-    ratio: float | None = None
-    threshold: float | None = None
-    warmup_tokens: int | None = None  # None: the profile's
-    max_skips: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipOptions:
-    """What one request wishes; None: the server's default."""
-
-    policy: Literal["off", "ffn_skip"] | None = None
-    ratio: float | None = None
-    threshold: float | None = None
-    warmup_tokens: int | None = None
-    max_skips: int | None = None
-    trace: bool | None = None
-
-
-def resolve_skip(
-    defaults: SkipDefaults, profile: SkipProfile | None, options: SkipOptions | None
-) -> SkipParams:
-    """One sequence's settings. Raises InvalidRequestError where the wish cannot be met.
-
-    A request that names a ratio, a threshold or the policy `ffn_skip` skips even where the server's
-    default is not to. Ratio 0 is the policy `never`.
-    """
-    wish = options or SkipOptions()
-    _check(wish)
-    trace = bool(wish.trace)
-    names_amount = wish.ratio is not None or wish.threshold is not None
-    ratio = wish.ratio if names_amount else defaults.ratio
-    threshold = wish.threshold if names_amount else defaults.threshold
-    is_wanted = (
-        wish.policy == "ffn_skip"
-        if wish.policy is not None
-        else names_amount or defaults.policy == "ffn_skip"
-    )
-    if not is_wanted or (threshold is None and ratio == 0):
-        return SkipParams(policy="never", trace=trace)
-    if profile is None:
-        raise InvalidRequestError(
-            "This model has no skip profile, so FFN skipping is not available. "
-            "`skipllm calibrate` makes one.",
-            param="skip",
-        )
-    region = (profile.cold_start, profile.cold_end)
-    if threshold is None:
-        threshold, region = _at_ratio(profile, ratio)
-    return SkipParams(
-        policy="ffn_skip",
-        threshold=threshold,
-        warmup_tokens=_first(wish.warmup_tokens, defaults.warmup_tokens, profile.warmup_tokens),
-        cold_start=region[0],
-        cold_end=region[1],
-        max_skips=wish.max_skips if wish.max_skips is not None else defaults.max_skips,
-        trace=trace,
-    )
-
-
-def _check(wish: SkipOptions) -> None:
-    """NaN fails too: it compares false with everything."""
-    for name, share in (("ratio", wish.ratio), ("threshold", wish.threshold)):
-        if share is not None and not 0 <= share <= 1:
-            raise InvalidRequestError(f"skip.{name} must be within 0 and 1.", param=f"skip.{name}")
-    for name, count in (("warmup_tokens", wish.warmup_tokens), ("max_skips", wish.max_skips)):
-        if count is not None and count < 0:
-            raise InvalidRequestError(f"skip.{name} must not be negative.", param=f"skip.{name}")
-    if wish.ratio is not None and wish.threshold is not None:
-        raise InvalidRequestError(
-            "Give either skip.ratio or skip.threshold, not both.", param="skip.threshold"
-        )
-
-
-def _at_ratio(profile: SkipProfile, ratio: float | None) -> tuple[float, tuple[int, int]]:
-    if ratio is None:
-        raise InvalidRequestError(
-            "How much to skip is not said: give skip.ratio or skip.threshold.", param="skip.ratio"
-        )
-    if ratio > profile.max_ratio:
-        raise InvalidRequestError(
-            f"skip.ratio {ratio:g} is out of reach: the skip profile of this model goes up to "
-            f"{profile.max_ratio:.2f}.",
-            param="skip.ratio",
-        )
-    return profile.at_ratio(ratio)
-
-
-def _first(*values: int | None) -> int:
-    return next(value for value in values if value is not None)

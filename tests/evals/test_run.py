@@ -4,62 +4,59 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import ConfigError
-from skipllm_core.evals.http import ChatClient, HttpBackend, grade, grading_prompt, parse_rating
-from skipllm_core.evals.records import Journal, Record, Setting, Timing
-from skipllm_core.evals.report import markdown
-from skipllm_core.evals.runner import FULL, grid, run
-from skipllm_core.evals.summary import summarise
+from skipllm_core.evals.engine_backend import EngineBackend
+from skipllm_core.evals.http import ChatClient, HttpBackend
+from skipllm_core.evals.judge import grade, grading_prompt, parse_rating
+from skipllm_core.evals.records import FULL, Journal, Record, Setting, Timing
+from skipllm_core.evals.runner import grid, run, seed_of, skip_wish
 from skipllm_core.evals.tasks import Item
+from skipllm_core.model.fingerprint import model_fingerprint
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.tokenizer import ByteTokenizer
+from skipllm_core.types import SamplingParams, SeqOutput, SkipPolicyName, StepOutput, StepStats
+from tests.evals.scripted import PLAN, SKIPPING, Scripted
 
-SKIPPING = Setting(policy="ffn_skip", ratio=0.25)
-ITEMS = [
-    Item(task="factoid_qa", id=str(n), group="all", turns=(f"q{n}",), accepted=(f"a{n}",))
-    for n in range(4)
-]
-PLAN = [(FULL, ITEMS), (SKIPPING, ITEMS)]
+TALK = Item(task="multi_turn", id="t", group="g", turns=("one?", "two?"))
 
 
-class Scripted:
-    """Right at every item under the full model, at half of them when skipping."""
+class OneStep:
+    """An engine that ends every answer with its third token, in one step."""
 
-    def __init__(self, fails_after: int | None = None) -> None:
-        self.asked: list[str] = []
-        self._fails_after = fails_after
+    info = SimpleNamespace(max_model_len=1000, skip_policies=("never", "ffn_skip"))
 
-    def lead(self, items: Sequence[Item], setting: Setting) -> Iterator[Record | Timing]:
-        for item in items:
-            if len(self.asked) == self._fails_after:
-                raise KeyboardInterrupt
-            self.asked.append(item.id)
-            is_right = setting == FULL or int(item.id) % 2 == 0
-            yield Record(
-                setting=setting,
-                task=item.task,
-                item_id=item.id,
-                answers=(f"a{item.id}" if is_right else "wrong",),
-                skipped_ffn_blocks=0 if setting == FULL else 3,
-                total_ffn_blocks=12,
-            )
-        yield Timing(
-            setting=setting,
-            task=items[0].task,
-            num_tokens=10,
-            duration_s=2.0,
-            ffn_weight_reads=9,
-            ffn_weight_reads_avoided=1,
-        )
+    def __init__(self) -> None:
+        self.asked: list[SamplingParams] = []
+        self._new: list[int] = []
+
+    def add(self, seq_id: int, prompt_ids: list[int], params: SamplingParams) -> None:
+        self.asked.append(params)
+        self._new.append(seq_id)
+
+    def step(self) -> StepOutput | None:
+        if not self._new:
+            return None
+        ended = SeqOutput(seq_id=self._new.pop(), token_ids=(65, 66, 67), finish_reason="stop")
+        stats = StepStats(
+            kind="decode", duration_s=0.1, num_running=0, num_waiting=0, num_kv_blocks_used=0,
+            num_kv_blocks=1,
+        )  # fmt: skip
+        return StepOutput(outputs=(ended,), stats=stats)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -86,44 +83,51 @@ def test_the_journal_of_another_run_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "a", {"model": "other"})
 
 
-def test_rows_are_what_was_counted(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "a", {})
-    run(Scripted(), PLAN, journal)
-    full, skipping = summarise(ITEMS, [FULL, SKIPPING], journal.records, journal.timings, 0.5, FULL)
-    assert full.scores["exact"].mean == 1
-    assert skipping.scores["exact"].mean == skipping.scores["agreement"].mean == 0.5
-    assert skipping.token_skip_ratio == 0.25
-    assert skipping.weight_bytes_ratio == 0.125
-    assert skipping.weight_skip_ratio == 0.1
-    assert skipping.tokens_per_s == 5
-
-
-def test_a_setting_without_all_its_answers_has_no_row(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "a", {})
-    with pytest.raises(KeyboardInterrupt):
-        run(Scripted(fails_after=6), PLAN, journal)
-    rows = summarise(ITEMS, [FULL, SKIPPING], journal.records, journal.timings, None, FULL)
-    assert [row.setting for row in rows] == [FULL]
-
-
-@pytest.mark.parametrize(
-    ("model", "has_paper"), [("skipllm-demo", False), ("meta-llama/Llama-2-7b-chat-hf", True)]
-)
-def test_the_papers_numbers_stand_beside_its_own_model_alone(
-    tmp_path: Path, model: str, has_paper: bool
-) -> None:
-    journal = Journal(tmp_path / "a", {})
-    run(Scripted(), PLAN, journal)
-    rows = summarise(ITEMS, [FULL, SKIPPING], journal.records, journal.timings, None, FULL)
-    text = markdown({"model": model}, rows)
-    assert ("79.02" in text) is has_paper
-    assert "| ffn_skip | 25% | profile's | 0.250 |" in text
-
-
 def test_a_policy_that_the_build_lacks_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'no_such'"):
         grid(["no_such"], [0.25])
     assert grid(["never", "ffn_skip"], [0.0, 0.25]) == [FULL, SKIPPING]
+
+
+def test_all_stands_for_every_policy() -> None:
+    policies = {setting.policy for setting in grid(["all"], [0.25])}
+    assert policies == set(get_args(SkipPolicyName))
+
+
+def test_seeds_differ_between_items_and_turns_and_are_the_same_again() -> None:
+    seeds = {seed_of(s, item, turn) for s in (0, 1) for item in ("a", "b") for turn in (0, 1)}
+    assert len(seeds) == 8
+    assert seed_of(0, "a", 0) == 1526491797  # the same on every machine, in every process
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_the_engine_is_given_seeds_and_its_tokens_are_counted() -> None:
+    engine = OneStep()
+    backend = EngineBackend(cast(Any, engine), ByteTokenizer(), None, 9, seed=3)
+    record, timing = backend.lead([TALK], FULL)
+    assert isinstance(record, Record)
+    assert isinstance(timing, Timing)
+    assert (record.num_tokens, len(record.answers)) == (6, 2)
+    assert [params.seed for params in engine.asked] == [seed_of(3, "t", 0), seed_of(3, "t", 1)]
+
+
+def test_a_policy_that_the_engine_lacks_is_refused_before_anything_is_asked() -> None:
+    engine = OneStep()
+    profile = SkipProfile.load(MODEL_DIR / "skip.yaml")
+    backend = EngineBackend(cast(Any, engine), ByteTokenizer(), profile, 9)
+    dropping = Setting(policy="layer_drop", ratio=0.25)
+    with pytest.raises(ConfigError, match=r"layer_drop .*--enforce-eager"):
+        backend.resolve(dropping)
+    with pytest.raises(ConfigError, match=r"ffn_skip: .*out of reach"):
+        backend.resolve(Setting(policy="ffn_skip", ratio=0.99))
+
+
+def test_a_running_server_is_asked_without_torch() -> None:
+    names = ["runner", "http", "judge", "summary", "report", "figures"]
+    modules = ", ".join(["server.eval", *(f"skipllm_core.evals.{name}" for name in names)])
+    code = f"import sys, {modules}\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 @contextmanager
@@ -156,9 +160,6 @@ def answering(reply: Callable[[dict[str, Any]], tuple[int, object]]) -> Iterator
 
 def said(text: str) -> dict[str, Any]:
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}
-
-
-TALK = Item(task="multi_turn", id="t", group="g", turns=("one?", "two?"))
 
 
 def test_the_judge_reads_the_whole_conversation_and_its_last_grade_counts() -> None:
@@ -207,8 +208,18 @@ def test_over_http_each_request_names_its_skipping_and_turns_follow_each_other()
     assert record.answers == ("answer 1", "answer 2")
     assert (record.skipped_ffn_blocks, record.total_ffn_blocks) == (4, 24)
     assert timing.num_tokens == 6
+    assert record.num_tokens == 6
     assert [body["skip"] for body in seen] == [{"policy": "ffn_skip", "ratio": 0.25}] * 2
+    assert [body["seed"] for body in seen] == [seed_of(0, "t", 0), seed_of(0, "t", 1)]
     assert [m["content"] for m in seen[1]["messages"]] == ["one?", "answer 1", "two?"]
+
+
+def test_a_request_names_what_its_setting_has() -> None:
+    assert skip_wish(FULL, None) == {"policy": "off"}
+    warm = Setting(policy="ffn_skip", ratio=0.25, warmup_tokens=0)
+    assert skip_wish(warm, None) == {"policy": "ffn_skip", "ratio": 0.25, "warmup_tokens": 0}
+    exiting = Setting(policy="early_exit", ratio=0.2)
+    assert skip_wish(exiting, 12) == {"policy": "early_exit", "ratio": 0.2, "budget_tokens": 12}
 
 
 @pytest.mark.slow
@@ -236,3 +247,10 @@ def test_the_embedded_model_is_evaluated_and_the_judge_asked_once(tmp_path: Path
     assert {row["mean"] for row in rows if row["score"] == "overall"} == {"8.0"}
     assert (out / "accuracy.png").stat().st_size > 10_000
     assert (out / "warmup.png").exists()
+    run_id = json.loads((out / "report.json").read_text("utf-8"))["run"]
+    assert run_id["fingerprint"] == model_fingerprint(MODEL_DIR)
+    profile = tmp_path / "other.yaml"
+    profile.write_text((MODEL_DIR / "skip.yaml").read_text("utf-8") + "# another file\n", "utf-8")
+    result = CliRunner().invoke(app, [*command, "--skip-profile", str(profile)])
+    assert result.exit_code != 0
+    assert "other settings" in result.output

@@ -11,7 +11,7 @@ import torch
 from skipllm_core.config import Quantization
 from skipllm_core.kernels import cpu
 from skipllm_core.runner.kv_cache import KVCache
-from skipllm_core.skip.policy import FfnSkipGate, ForcedGate
+from skipllm_core.skip.policy import ForcedGate, RowGate
 from skipllm_core.types import SkipParams
 from tests.kernels.rows import BLOCK_SIZE, CPU, Rows, load, needs_the_kernels, prompts_of
 from tests.model.checkpoints import CHECKPOINTS, VOCAB_SIZE, make_oracle, save_checkpoint
@@ -138,7 +138,7 @@ def test_similarities_are_cosines_and_one_for_rows_that_did_not_run(model_dir: P
 def test_the_adaptive_gate_decides_by_the_kernels_similarities(model_dir: Path) -> None:
     rows = Rows(load(model_dir), [[5], [6]])
     skip = SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=0, cold_end=3)
-    gate = FfnSkipGate([skip, None])
+    gate = RowGate([skip, None])
     rows.step(0, [0, 1], gate)
     assert [list(layers) for layers in gate.skipped_layers] == [[1, 2], []]
 

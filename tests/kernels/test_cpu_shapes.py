@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skipllm_core.config import Quantization
-from skipllm_core.skip.policy import FfnSkipGate
+from skipllm_core.skip.policy import RowGate
 from skipllm_core.types import SkipParams
 from tests.kernels.rows import EagerRows, Rows, load, needs_the_kernels, prompts_of
 from tests.model.checkpoints import CHECKPOINTS, make_oracle
@@ -175,7 +175,7 @@ def test_windows_may_cross_chunks(window: int, tmp_path: Path) -> None:
 # The gate's eyes ---------------------------------------------------------------------------------
 
 
-class SeeingGate(FfnSkipGate):
+class SeeingGate(RowGate):
     """Keeps what it is shown."""
 
     def __init__(self, rows: Sequence[SkipParams | None]) -> None:
@@ -212,9 +212,7 @@ def test_a_row_that_is_not_a_number_never_triggers_and_hides_no_other(tmp_path: 
     model = load(save(tmp_path, "llama3"))
     model.embedding[9] = torch.nan
     rows = Rows(model, [[9], [5], [9]])
-    gate = FfnSkipGate(
-        [SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=0, cold_end=3)] * 3
-    )
+    gate = RowGate([SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=0, cold_end=3)] * 3)
     rows.step(0, [0, 1, 2], gate)
     assert gate.skipped_layers == [[], [1, 2], []]
 

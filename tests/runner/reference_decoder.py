@@ -9,7 +9,8 @@ from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.runner.decode import decode_step
 from skipllm_core.runner.kv_cache import KVCache
-from skipllm_core.skip.policy import gate_for
+from skipllm_core.skip.baselines import PlannedSkip
+from skipllm_core.skip.policy import SkipRule, gate_for
 from skipllm_core.types import SkipParams
 
 
@@ -40,10 +41,12 @@ class ReferenceDecoder:
             rows.skipped[row, list(layers)] = 1
             rows.num_needed[list(layers)] -= 1
 
-    def _skip(self, row: int) -> SkipParams | None:
+    def _skip(self, row: int) -> SkipRule | None:
         rows = self.rows
         if rows.policies[row] == RowPolicy.NEVER or rows.positions[row] < rows.skip_from[row]:
             return None
+        if rows.policies[row] == RowPolicy.MASK:
+            return PlannedSkip(frozenset(rows.mask[row].nonzero().flatten().tolist()))
         return SkipParams(
             policy="ffn_skip",
             threshold=float(rows.thresholds[row]),

@@ -27,6 +27,8 @@ SKIPS = [
     SkipParams(policy="ffn_skip", threshold=-1.0, warmup_tokens=3, cold_start=1, cold_end=5),
     SkipParams(policy="ffn_skip", threshold=0.9, warmup_tokens=0, cold_start=0, cold_end=6),
     SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=1, cold_end=6, max_skips=2),
+    SkipParams(policy="static", layers=(2, 4), warmup_tokens=2),
+    SkipParams(policy="random", probability=0.5, warmup_tokens=0, cold_start=1, cold_end=5),
 ]
 
 
@@ -41,7 +43,7 @@ def requests(num_requests: int) -> list[tuple[list[int], SamplingParams]]:
                 repetition_penalty=rng.choice([1.0, 1.3]),
                 logprobs=rng.choice([None, None, 2]),
                 stop_token_ids=(2, 50),
-                skip=replace(SKIPS[i % 4], trace=True),
+                skip=replace(SKIPS[i % len(SKIPS)], trace=True),
             ),
         )
         for i in range(num_requests)

@@ -15,7 +15,7 @@ from skipllm_core.runner import memory
 from skipllm_core.runner.decode import decode_step
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.sequence import Sequence
-from skipllm_core.skip.policy import FfnSkipGate, ForcedGate, NeverGate
+from skipllm_core.skip.policy import ForcedGate, NeverGate, RowGate
 from skipllm_core.types import SamplingParams, SkipParams
 from tests.runner.tiny import (
     BLOCK_BYTES,
@@ -99,10 +99,10 @@ def test_never_equals_the_plain_model_bit_for_bit(runner: TorchModelRunner, num_
         ctx = runner.model.context(rows, runner.kv_cache)
         plain = runner.model.head(runner.model(token_ids, ctx))
     assert torch.equal(decode(runner, seqs, NeverGate(num_rows)), plain)
-    nothing_to_skip = FfnSkipGate([None] * num_rows)
+    nothing_to_skip = RowGate([None] * num_rows)
     assert torch.equal(decode(runner, seqs, nothing_to_skip), plain)
     out_of_reach = SkipParams(policy="ffn_skip", threshold=2.0, cold_end=NUM_LAYERS)
-    assert torch.equal(decode(runner, seqs, FfnSkipGate([out_of_reach] * num_rows)), plain)
+    assert torch.equal(decode(runner, seqs, RowGate([out_of_reach] * num_rows)), plain)
     assert torch.equal(decode(runner, seqs, ForcedGate([[False] * NUM_LAYERS] * num_rows)), plain)
 
 
@@ -121,7 +121,7 @@ def test_the_rule_and_its_mask_agree_bit_for_bit(
     runner: TorchModelRunner, skipping: SkipParams
 ) -> None:
     seqs = [prefill(runner, prompt, 6 * n) for n, prompt in enumerate(PROMPTS)]
-    gate = FfnSkipGate([skipping] * 6)
+    gate = RowGate([skipping] * 6)
     adaptive = decode(runner, seqs, gate)
     assert any(gate.skipped_layers)
     mask = [[layer in layers for layer in range(NUM_LAYERS)] for layers in gate.skipped_layers]

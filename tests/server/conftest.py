@@ -20,35 +20,17 @@ from server.launch import HTTPProtocol
 from skipllm_core.client import InProcessEngineClient
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
-from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
+from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.fakes import FakeRunner, NextToken, count_up
+from tests.skip.profiles import point, profile
 
 MODEL = "fake"
 
 
 def make_profile(num_layers: int = 4) -> SkipProfile:
-    similarity = LayerSimilarity(mean=0.9, p05=0.8, p25=0.85, p50=0.9, p75=0.95, p95=0.99)
-    return SkipProfile(
-        fingerprint="0" * 64,
-        model={"name": MODEL},
-        cold_start=1,
-        cold_end=3,
-        warmup_tokens=2,
-        num_prompts=1,
-        num_tokens=100,
-        similarity=(similarity,) * num_layers,
-        points=(
-            SkipPoint(
-                target_ratio=0.25,
-                threshold=0.9,
-                token_skip_ratio=0.25,
-                top1_agreement=0.99,
-                kl=0.01,
-                trigger_layers=(0, 50, 0, 0),
-                num_tokens=100,
-            ),
-        ),
+    return profile(
+        point(0.25, 0.9), num_layers=num_layers, cold_start=1, cold_end=3, warmup_tokens=2
     )
 
 

@@ -140,7 +140,7 @@ SKIPS: list[Case] = [
         ("0.5", "invalid_type"), (True, "invalid_type"),
     ]
 ] + [
-    ({"skip": {"policy": "early_exit"}}, "skip.policy", "invalid_value"),
+    ({"skip": {"policy": "warp"}}, "skip.policy", "invalid_value"),
     ({"skip": {"rate": 0.5}}, "skip.rate", "unknown_parameter"),
     ({"skip": 0.5}, "skip", "invalid_type"),
     ({"skip": {"warmup_tokens": -1}}, "skip.warmup_tokens", "integer_below_min_value"),

@@ -11,9 +11,9 @@ from torch import Tensor
 from skipllm_core.runner.decode import decode_step
 from skipllm_core.sequence import Sequence as Seq
 from skipllm_core.skip.policy import (
-    FfnSkipGate,
     ForcedGate,
     NeverGate,
+    RowGate,
     SkipGate,
     gate_for,
     num_weight_reads_avoided,
@@ -78,7 +78,7 @@ def run(model: StubModel, gate: SkipGate) -> Tensor:
 
 
 def skipped_with(**changes: object) -> list[int]:
-    gate = FfnSkipGate([skip(**changes)])
+    gate = RowGate([skip(**changes)])
     run(StubModel(COSINES), gate)
     return gate.skipped_layers[0]
 
@@ -89,14 +89,14 @@ def skipped_with(**changes: object) -> list[int]:
 def test_a_trigger_skips_from_the_next_layer_on_up_to_the_cold_end() -> None:
     # Worked by hand: 0.90 and 0.95 are below 0.96, layer 3 (0.97) is the first that is not. So 4, 5
     # and 6 are skipped, 6 being the last before the cold end, and layer 7 runs again.
-    model, gate = StubModel(COSINES), FfnSkipGate([skip()])
+    model, gate = StubModel(COSINES), RowGate([skip()])
     run(model, gate)
     assert gate.skipped_layers == [[4, 5, 6]]
     assert model.layers_run() == [0, 1, 2, 3, 7]
 
 
 def test_the_ffn_that_triggers_is_used_and_skipped_ones_change_nothing() -> None:
-    h = run(StubModel(COSINES), FfnSkipGate([skip()]))
+    h = run(StubModel(COSINES), RowGate([skip()]))
     angle = sum(torch.tensor(COSINES[layer]).arccos() for layer in (0, 1, 2, 3, 7))
     torch.testing.assert_close(h[0, :2], torch.stack([angle.cos(), angle.sin()]))
 
@@ -117,7 +117,7 @@ def residuals_of_layer_3() -> tuple[Tensor, Tensor]:
 
 def test_attention_runs_in_every_layer() -> None:
     model = StubModel(COSINES)
-    run(model, FfnSkipGate([skip(threshold=-1.0)]))
+    run(model, RowGate([skip(threshold=-1.0)]))
     assert all(block.num_attended == 1 for block in model.blocks)
 
 
@@ -161,10 +161,10 @@ LATE = (0.10, 0.90, 0.95, 0.90, 0.92, 0.99, 0.98, 0.20)  # at layer 5
 def test_each_row_of_a_batch_skips_as_it_would_alone() -> None:
     settings = [skip(), None, skip(max_skips=1), skip(cold_end=5), skip(threshold=0.99)]
     rows = [EARLY, EARLY, COSINES, LATE, EARLY]
-    batch = FfnSkipGate(settings)
+    batch = RowGate(settings)
     together = run(StubModel(*rows), batch)
     for n, (params, cosines) in enumerate(zip(settings, rows, strict=True)):
-        gate = FfnSkipGate([params])
+        gate = RowGate([params])
         alone = run(StubModel(cosines), gate)
         assert batch.skipped_layers[n] == gate.skipped_layers[0]
         torch.testing.assert_close(together[n, :2], alone[0, :2])
@@ -172,7 +172,7 @@ def test_each_row_of_a_batch_skips_as_it_would_alone() -> None:
 
 def test_a_layer_is_computed_only_for_the_rows_that_run_it() -> None:
     model = StubModel(EARLY, LATE)
-    gate = FfnSkipGate([skip(), skip()])
+    gate = RowGate([skip(), skip()])
     run(model, gate)
     assert gate.skipped_layers == [[2, 3, 4, 5, 6], [6]]
     computed = [block.rows_computed for block in model.blocks]
@@ -180,7 +180,7 @@ def test_a_layer_is_computed_only_for_the_rows_that_run_it() -> None:
 
 
 def test_weights_are_saved_only_where_every_row_skips() -> None:
-    gate = FfnSkipGate([skip(), skip()])
+    gate = RowGate([skip(), skip()])
     run(StubModel(EARLY, LATE), gate)
     assert num_weight_reads_avoided(gate) == 1
     assert num_weight_reads_avoided(NeverGate(2)) == 0
@@ -210,7 +210,7 @@ def test_forced_gate_skips_exactly_its_mask() -> None:
 
 
 def test_forcing_the_decisions_of_the_rule_gives_the_same_result() -> None:
-    adaptive = FfnSkipGate([skip(), skip(), None])
+    adaptive = RowGate([skip(), skip(), None])
     rows = [EARLY, LATE, COSINES]
     expected = run(StubModel(*rows), adaptive)
     mask = [[n in layers for n in range(NUM_LAYERS)] for layers in adaptive.skipped_layers]
@@ -225,12 +225,12 @@ def test_similarities_stop_being_looked_at_once_every_row_triggered(monkeypatch)
         "skipllm_core.runner.decode.similarity",
         lambda before, after: looked_at.append(1) or similarity(before, after),
     )
-    run(StubModel(EARLY, COSINES), FfnSkipGate([skip(), skip()]))
+    run(StubModel(EARLY, COSINES), RowGate([skip(), skip()]))
     assert len(looked_at) == 3  # layers 1, 2 and 3
 
 
 def test_not_a_number_never_triggers() -> None:
-    gate = FfnSkipGate([skip(threshold=-1.0)])
+    gate = RowGate([skip(threshold=-1.0)])
     gate.observe(2, [float("nan")])
     assert gate.rows_to_run(3) == range(1)
 

@@ -1,4 +1,4 @@
-"""Skip profiles as files, and requests' wishes turned into settings."""
+"""Skip profiles as files, and what they say about ratios."""
 
 from __future__ import annotations
 
@@ -9,43 +9,11 @@ import msgspec
 import pytest
 import yaml
 
-from skipllm_core.errors import InvalidRequestError, ProfileError
-from skipllm_core.skip.profile import (
-    LayerSimilarity,
-    SkipDefaults,
-    SkipOptions,
-    SkipPoint,
-    SkipProfile,
-    resolve_skip,
-)
-from skipllm_core.types import SkipParams
+from skipllm_core.errors import ProfileError
+from skipllm_core.skip.profile import SkipProfile
+from tests.skip.profiles import point, profile
 
-
-def point(ratio: float, threshold: float, measured: float) -> SkipPoint:
-    return SkipPoint(
-        target_ratio=ratio,
-        threshold=threshold,
-        token_skip_ratio=measured,
-        top1_agreement=0.98,
-        kl=0.01,
-        trigger_layers=(0, 3, 2, 0, 0, 0),
-        num_tokens=7,
-    )
-
-
-SIMILARITY = LayerSimilarity(mean=0.9, p05=0.8, p25=0.85, p50=0.9, p75=0.92, p95=0.99)
-PROFILE = SkipProfile(
-    fingerprint="0123456789abcdef" * 4,
-    model={"model_type": "llama", "num_layers": 6},
-    cold_start=1,
-    cold_end=5,
-    warmup_tokens=3,
-    num_prompts=10,
-    num_tokens=200,
-    points=(point(0.1, 0.98, 0.12), point(0.2, 0.96, 0.20), point(0.3, 0.9, 0.28)),
-    similarity=(SIMILARITY,) * 6,
-)
-SKIPPING = SkipDefaults(policy="ffn_skip", ratio=0.2)
+PROFILE = profile(point(0.1, 0.98, 0.12), point(0.2, 0.96, 0.20), point(0.3, 0.9, 0.28))
 
 
 # The file ----------------------------------------------------------------------------------------
@@ -65,7 +33,8 @@ def saved_with(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema_version": 2},
+        {"schema_version": 1},
+        {"schema_version": "2"},
         {"fingerprint": "gone"},
         {"fingerprint": 7},
         {"surprise": 1},
@@ -136,10 +105,6 @@ def test_a_ratio_beyond_the_regions_reach_takes_a_wider_one() -> None:
     assert both.at_ratio(0.16) == (pytest.approx(0.97), (2, 4))
     assert both.at_ratio(0.23) == (0.96, (2, 4)), "thresholds of two regions do not mix"
     assert both.at_ratio(0.25) == both.at_ratio(0.28) == (0.97, (1, 5))
-    skip = resolve_skip(SKIPPING, both, SkipOptions(ratio=0.28))
-    assert (skip.threshold, skip.cold_start, skip.cold_end) == (0.97, 1, 5)
-    skip = resolve_skip(SKIPPING, both, SkipOptions(threshold=0.97))
-    assert (skip.cold_start, skip.cold_end) == (2, 4)
 
 
 def test_the_last_target_is_within_reach_although_the_measurement_fell_short() -> None:
@@ -147,89 +112,25 @@ def test_the_last_target_is_within_reach_although_the_measurement_fell_short() -
     assert PROFILE.at_ratio(0.3) == (0.9, (1, 5))
 
 
-# Wishes ------------------------------------------------------------------------------------------
+def test_a_profile_of_an_older_version_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="run `skipllm calibrate` again"):
+        SkipProfile.load(saved_with(tmp_path / "skip.yaml", schema_version=1))
 
 
-def resolve(defaults: SkipDefaults = SKIPPING, **wish: Any) -> SkipParams:
-    return resolve_skip(defaults, PROFILE, SkipOptions(**wish))
-
-
-def test_a_request_without_wishes_gets_the_servers_defaults() -> None:
-    expected = SkipParams(
-        policy="ffn_skip", threshold=0.96, warmup_tokens=3, cold_start=1, cold_end=5
+def test_an_agreement_takes_the_largest_ratio_that_keeps_it() -> None:
+    found = profile(
+        point(0.1, 0.98, top1_agreement=0.99),
+        point(0.2, 0.96, top1_agreement=0.97),
+        point(0.3, 0.9, top1_agreement=0.98),
+        point(0.4, 0.8, top1_agreement=0.9),
     )
-    assert resolve_skip(SKIPPING, PROFILE, None) == expected
-    assert resolve() == expected
-    assert resolve_skip(SkipDefaults(), None, None) == SkipParams()
+    assert found.ratio_at_agreement(0.98) == 0.3, "not the first that falls below"
+    assert found.ratio_at_agreement(0.985) == 0.1
+    assert found.ratio_at_agreement(0.995) is None
 
 
-def test_the_servers_warm_up_goes_before_the_profiles_and_the_requests_before_both() -> None:
-    own = SkipDefaults(policy="ffn_skip", ratio=0.2, warmup_tokens=25, max_skips=4)
-    assert resolve(own).warmup_tokens == 25
-    assert resolve(own, warmup_tokens=0).warmup_tokens == 0
-    assert resolve(own).max_skips == 4
-    assert resolve(own, max_skips=0).max_skips == 0
-
-
-def test_a_requests_ratio_replaces_the_servers_threshold_and_the_other_way_round() -> None:
-    by_threshold = SkipDefaults(policy="ffn_skip", threshold=0.5)
-    assert resolve(by_threshold).threshold == 0.5
-    assert resolve(by_threshold, ratio=0.2).threshold == pytest.approx(0.96)
-    assert resolve(threshold=0.7).threshold == 0.7
-
-
-@pytest.mark.parametrize(
-    "wish", [{"policy": "off"}, {"ratio": 0.0}, {"policy": "off", "ratio": 0.3}]
-)
-def test_ratio_zero_is_the_policy_off(wish: dict[str, Any]) -> None:
-    assert resolve(**wish) == SkipParams(policy="never")
-    assert resolve_skip(SkipDefaults(), None, SkipOptions(**wish)) == SkipParams(policy="never")
-
-
-def test_a_servers_ratio_of_zero_is_off_until_a_request_wants_more() -> None:
-    off = SkipDefaults(policy="ffn_skip", ratio=0.0)
-    assert resolve(off).policy == "never"
-    assert resolve(off, ratio=0.1).policy == "ffn_skip"
-
-
-def test_a_request_can_skip_where_the_server_does_not_by_default() -> None:
-    off = SkipDefaults(policy="never", ratio=0.2)
-    assert resolve(off).policy == "never"
-    assert resolve(off, policy="ffn_skip").threshold == pytest.approx(0.96)
-    assert resolve(off, ratio=0.1).policy == "ffn_skip"
-    assert resolve(off, warmup_tokens=0).policy == "never"
-
-
-def test_trace_is_kept_whether_skipping_or_not() -> None:
-    assert resolve(trace=True).trace
-    assert resolve(policy="off", trace=True).trace
-
-
-@pytest.mark.parametrize(
-    ("wish", "param"),
-    [
-        ({"ratio": 0.31}, "skip.ratio"),
-        ({"ratio": -0.1}, "skip.ratio"),
-        ({"ratio": float("nan")}, "skip.ratio"),
-        ({"threshold": 1.0001}, "skip.threshold"),
-        ({"threshold": float("nan")}, "skip.threshold"),
-        ({"ratio": 0.1, "threshold": 0.9}, "skip.threshold"),
-        ({"warmup_tokens": -1}, "skip.warmup_tokens"),
-        ({"max_skips": -1}, "skip.max_skips"),
-    ],
-)
-def test_wishes_that_cannot_be_met_name_the_field(wish: dict[str, Any], param: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        resolve(**wish)
-    assert caught.value.param == param
-
-
-def test_skipping_without_a_profile_names_the_command_that_makes_one() -> None:
-    for wish in ({"policy": "ffn_skip"}, {"ratio": 0.1}, {"threshold": 0.9}):
-        with pytest.raises(InvalidRequestError, match="skipllm calibrate"):
-            resolve_skip(SkipDefaults(), None, SkipOptions(**wish))
-
-
-def test_skipping_without_an_amount_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="How much"):
-        resolve(SkipDefaults(policy="never"), policy="ffn_skip")
+def test_a_region_is_as_wide_as_it_has_to_be() -> None:
+    found = profile(point(0.1, 0.9), point(0.3, 0.9, region=(1, 4)), cold_start=2, cold_end=4)
+    assert found.region_of_size(1.5) == (2, 4)
+    assert found.region_of_size(2.1) == (1, 4)
+    assert found.region_of_size(6) == (1, 4)

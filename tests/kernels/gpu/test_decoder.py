@@ -20,7 +20,7 @@ from skipllm_core.model.loader import load_model
 from skipllm_core.runner.decode import decode_step
 from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.skip.consensus import ConsensusGate
-from skipllm_core.skip.policy import FfnSkipGate, ForcedGate, NeverGate, SkipGate
+from skipllm_core.skip.policy import ForcedGate, NeverGate, RowGate, SkipGate
 from skipllm_core.types import SkipParams
 from tests.model.checkpoints import CHECKPOINTS, VOCAB_SIZE, make_oracle
 
@@ -231,7 +231,7 @@ def test_rows_trigger_where_the_host_gate_triggers(tmp_path: Path, device: torch
     pair.place(which)
     for row, skip in enumerate(settings):
         pair.set_skip(row, skip)
-    gate = FfnSkipGate(settings)
+    gate = RowGate(settings)
     close(pair.step(5, can_skip=True), pair.eager(which, gate))
     assert pair.skipped(5) == gate.skipped_layers
     assert len({tuple(layers) for layers in gate.skipped_layers}) >= 3, "rows that differ"
