@@ -67,7 +67,7 @@ class GpuModelRunner(TorchModelRunner):
         self._slots = Slots()
         # Of each slot, as the device has them: its table's blocks, and its row of the mask.
         self._num_blocks = [0] * config.max_num_seqs
-        self._masks: list[frozenset[int]] = [frozenset()] * config.max_num_seqs
+        self._masks: list[frozenset[int] | None] = [frozenset()] * config.max_num_seqs
 
     def _new_rows(self, max_num_rows: int, max_model_len: int, device: torch.device) -> DeviceRows:
         return DeviceRows(
@@ -103,6 +103,7 @@ class GpuModelRunner(TorchModelRunner):
             return self._launch_decode(batch)
         except Exception:
             self._slots = Slots()  # its rows end; no other is on the device
+            self._masks = [None] * len(self._masks)  # who knows which of them were written
             raise
 
     def _launch_decode(self, batch: Batch) -> Callable[[], StepResult]:

@@ -13,6 +13,7 @@ import torch
 from skipllm_core.config import Consensus, EngineConfig
 from skipllm_core.engine.runner import LateModelRunner
 from skipllm_core.errors import ConfigError
+from skipllm_core.runner import gpu_runner
 from skipllm_core.runner.gpu_runner import GpuModelRunner
 from skipllm_core.runner.graphs import Launch, buckets, direct
 from skipllm_core.runner.model_runner import TorchModelRunner
@@ -20,7 +21,15 @@ from skipllm_core.runner.slots import Slots
 from skipllm_core.sequence import Sequence
 from skipllm_core.types import SamplingParams, SeqOutput, SkipParams
 from tests.runner.reference_decoder import ReferenceDecoder
-from tests.runner.tiny import BLOCK_BYTES, engine_config, generate, skipped, text, write_config
+from tests.runner.tiny import (
+    BLOCK_BYTES,
+    NUM_LAYERS,
+    engine_config,
+    generate,
+    skipped,
+    text,
+    write_config,
+)
 
 SKIPS = [
     SkipParams(),
@@ -159,6 +168,25 @@ def test_a_launch_that_fails_leaves_no_row_behind(tmp_path: Path) -> None:
     assert one == expected[:1]
     assert int((runner.rows.positions >= 0).sum()) == 1
     assert [text(outputs) for outputs in generate(runner, config, wanted)] == expected
+
+
+def test_a_mask_that_could_not_be_written_is_written_by_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(write_config(tmp_path), enforce_eager=True)
+    runner = GpuModelRunner(config, ReferenceDecoder, lambda: direct)
+    skip = SkipParams(policy="static", layers=(2, 4), warmup_tokens=0, trace=True)
+    wanted = [([5], SamplingParams(max_tokens=4, temperature=0.0, skip=skip))]
+    to_device, failures = gpu_runner._to_device, ["out of luck"]
+
+    def fail_at_the_first_mask(tensor: torch.Tensor, rows: Any) -> torch.Tensor:
+        if tensor.shape[-1] == NUM_LAYERS + 1 and failures:
+            raise RuntimeError(failures.pop())
+        return to_device(tensor, rows)
+
+    monkeypatch.setattr(gpu_runner, "_to_device", fail_at_the_first_mask)
+    assert generate(runner, config, wanted)[0][-1].finish_reason == "error"
+    assert skipped(generate(runner, config, wanted)[0]) == [(), (2, 4), (2, 4), (2, 4)]
 
 
 def test_buckets_end_at_the_largest_batch() -> None:
