@@ -164,7 +164,7 @@ def _summary(profile: SkipProfile) -> Table:
     ):
         table.add_column(heading, justify="right")
     for point in profile.points:
-        start, end = profile.region_at(point)
+        start, end = point.region
         table.add_row(
             f"{point.target_ratio:.0%}",
             f"{start}-{end - 1}",

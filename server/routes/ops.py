@@ -82,7 +82,7 @@ def _summary(profile: SkipProfile) -> dict[str, Any]:
         "points": [
             {
                 "threshold": point.threshold,
-                "region": profile.region_at(point),
+                "region": point.region,
                 "token_skip_ratio": point.token_skip_ratio,
                 "top1_agreement": point.top1_agreement,
                 "kl": point.kl,

@@ -2,18 +2,16 @@
 
 1. The full model answers the calibration prompts (greedily), and the similarity of every layer is
    recorded for every token it decodes.
-2. The mean similarities give a plateau of skippable layers. It is narrowed as far as that makes
-   skipping cheaper: the region is taken whose KL from the full model at REGION_RATIO is lowest.
-   A target beyond its reach gets the narrowest of the wider regions that reaches it (`regions`).
-3. The distribution of the similarities gives a first threshold per target ratio, which free
-   generation with skipping then corrects.
-4. Each threshold is measured on held-out prompts: the ratio it gives in free generation, and how
+2. For each target ratio a few regions of skippable layers are compared (`regions`): in each, the
+   distribution of the similarities gives a first threshold, which free generation with skipping
+   then corrects; the region is taken whose KL from the full model is lowest.
+3. What was chosen is measured on held-out prompts: the ratio it gives in free generation, and how
    far its next-token distributions are from the full model's on the same text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +28,13 @@ from skipllm_core.skip.probe import Probe, Prompts
 from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
 from skipllm_core.skip.regions import (
     DIGITS,
+    SLACK,
     Region,
-    candidate_regions,
+    candidates,
     find_plateau,
     find_threshold,
     max_reachable_ratio,
-    wider_regions,
+    nested_regions,
 )
 from skipllm_core.skip.work import OnProgress, Options, Work, no_progress
 from skipllm_core.types import SkipParams
@@ -43,7 +42,7 @@ from skipllm_core.types import SkipParams
 TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
 BATCHES = (1, 4, 8, 16)  # that the weight skip ratio is told for
 HELD_OUT_EVERY = 4  # one prompt of four is measured on, and not calibrated with
-REGION_RATIO = 0.25  # at which regions are compared
+REGION_RATIO = 0.25  # whose region is the profile's own, for thresholds without a ratio
 MAX_TRIES = 4  # per target
 EXPECTED_TRIES = 2  # for the progress bar
 TOLERANCE = 0.005  # of a ratio: no more tries are made
@@ -108,7 +107,7 @@ def calibrate(
 
 
 class _Calibration:
-    """One run of the four steps above."""
+    """One run of the three steps above."""
 
     def __init__(
         self,
@@ -124,9 +123,9 @@ class _Calibration:
         self._options = options
         self._work = work
         self._num_layers = probe.runner.num_layers
-        # One pass to record, and for each target the tries and a measurement of three rows each.
-        num_tried = EXPECTED_TRIES * len(prompts)
-        work.total = len(prompts) + len(TARGET_RATIOS) * (num_tried + 3 * len(held_out_prompts))
+        self._drifts: dict[Region, float] = {}
+        # A first guess: a pass to record, and for each target the tries and the measurements.
+        self._expect([[(0, 0)] * len(SLACK)] * len(TARGET_RATIOS))
 
     def profile(self, fingerprint: str) -> SkipProfile:
         self._work.say("recording similarities")
@@ -139,8 +138,10 @@ class _Calibration:
                 f"every answer ended within the warm-up of {self._options.warmup_tokens} tokens: "
                 "calibrate with other prompts or fewer --warmup-tokens"
             )
-        region, wider = self._choose_region(seen.similarities.mean(dim=0).tolist(), warm)
-        points = self._measure_targets([region, *wider], warm)
+        regions = self._regions(seen.similarities.mean(dim=0).tolist())
+        points = self._measure_targets(regions, warm)
+        near = min(points, key=lambda p: abs(p.target_ratio - REGION_RATIO), default=None)
+        region = regions[-1] if near is None else near.region
         self._work.finish()
         config = self._probe.runner.model.config
         return SkipProfile(
@@ -162,67 +163,72 @@ class _Calibration:
             similarity=_summary(seen),
         )
 
-    def _choose_region(
-        self, means: list[float], similarities: Tensor
-    ) -> tuple[Region, list[Region]]:
-        """(the profile's region, wider ones for targets beyond its reach, narrow to wide)."""
+    def _regions(self, means: list[float]) -> list[Region]:
+        """What there is to choose from, narrow to wide."""
         start, end = self._options.cold_start, self._options.cold_end
-        if start is not None or end is not None:
-            found = find_plateau(means)
-            start, end = found[0] if start is None else start, found[1] if end is None else end
-            if not 0 < start < end - 1 < self._num_layers - 1:
-                raise ConfigError(
-                    f"--cold-start {start} and --cold-end {end}: between them must be two layers "
-                    f"or more, without the first and the last of {self._num_layers}"
-                )
-            return (start, end), []
-        regions = candidate_regions(means)
-        if len(regions) == 1:
-            return regions[0], wider_regions(means, regions[0])
-        one = EXPECTED_TRIES + 3
-        self._work.total += len(regions) * one * len(self._prompts)
-        costs = []
-        for n, region in enumerate(regions, start=1):
-            self._work.say(f"comparing regions, {n} of {len(regions)}")
-            skip = self._skip(region)
-            threshold, _ = self._fit(similarities, skip, REGION_RATIO, 1.0)
-            skip = replace(skip, threshold=threshold)
-            costs.append(measure(self._probe, self._prompts, skip, self._work, "cost").kl)
-        chosen = costs.index(min(costs))
-        return regions[chosen], [*regions[:chosen][::-1], *wider_regions(means, regions[0])]
+        if start is None and end is None:
+            return nested_regions(means)
+        found = find_plateau(means)
+        start, end = found[0] if start is None else start, found[1] if end is None else end
+        if not 0 < start < end - 1 < self._num_layers - 1:
+            raise ConfigError(
+                f"--cold-start {start} and --cold-end {end}: between them must be two layers or "
+                f"more, without the first and the last of {self._num_layers}"
+            )
+        return [(start, end)]
 
     def _measure_targets(self, regions: list[Region], similarities: Tensor) -> list[SkipPoint]:
-        """A point for each target ratio that one of the regions, narrow to wide, reaches."""
+        """A point for each target ratio that a region reaches."""
+        compared = {
+            target: found
+            for target in TARGET_RATIOS
+            if (found := candidates(regions, target, self._num_layers))
+        }
+        self._expect(compared.values())
         points: list[SkipPoint] = []
-        drift = 1.0
-        for target in TARGET_RATIOS:
-            skips = map(self._skip, regions)
-            skip = next((s for s in skips if target <= self._reach(s)), None)
-            if skip is None:
-                break
-            self._work.say(f"fitting and measuring a skip ratio of {target:.0%}")
-            threshold, drift = self._fit(similarities, skip, target, drift)
-            skip = replace(skip, threshold=threshold)
+        for target, found in compared.items():
+            self._work.say(f"a skip ratio of {target:.0%}: comparing {len(found)} regions")
+            skip = self._cheapest(similarities, found, target)
+            self._work.say(f"a skip ratio of {target:.0%}: measuring it")
             measured = measure(self._probe, self._held_out, skip, self._work)
-            own = (skip.cold_start, skip.cold_end)
-            point = _point(target, threshold, None if own == regions[0] else own, measured)
+            point = _point(target, skip, measured)
             if _skips_more(point, points[-1:]):
                 points.append(point)  # else: too few tokens to tell the two thresholds apart
         return points
 
-    def _fit(
-        self, similarities: Tensor, skip: SkipParams, target: float, drift: float
-    ) -> tuple[float, float]:
-        """(threshold, drift): the threshold whose free generation comes nearest to the target.
+    def _cheapest(self, similarities: Tensor, regions: list[Region], target: float) -> SkipParams:
+        """The settings that give the target ratio at the lowest KL on the calibration prompts."""
+        skips = [
+            self._fit(
+                similarities,
+                SkipParams(
+                    policy="ffn_skip",
+                    warmup_tokens=self._options.warmup_tokens,
+                    cold_start=start,
+                    cold_end=end,
+                ),
+                target,
+            )
+            for start, end in regions
+        ]
+        if len(skips) == 1:
+            return skips[0]
+        costs = [measure(self._probe, self._prompts, s, self._work, "cost").kl for s in skips]
+        return skips[costs.index(min(costs))]
+
+    def _fit(self, similarities: Tensor, skip: SkipParams, target: float) -> SkipParams:
+        """`skip` with the threshold whose free generation comes nearest to the target.
 
         Skipping changes what later layers and tokens see, so the ratio drifts from the one that the
         full model's similarities foretell. The drift found for one target is the guess for the
-        next.
+        region's next.
         """
+        region = (skip.cold_start, skip.cold_end)
+        limit = max_reachable_ratio(region, self._num_layers)
+        drift = self._drifts.get(region, 1.0)
         tries: list[tuple[float, float, float]] = []  # miss, threshold, drift
         for _ in range(MAX_TRIES):
-            ratio = min(target * drift, self._reach(skip))
-            threshold = find_threshold(similarities, skip, ratio)
+            threshold = find_threshold(similarities, skip, min(target * drift, limit))
             skipping = replace(skip, threshold=threshold)
             ratio = free_skip_ratio(self._probe, self._prompts, skipping, self._work)
             tries.append((abs(ratio - target), threshold, drift))
@@ -230,28 +236,23 @@ class _Calibration:
                 break
             drift *= min(2.0, target / ratio) if ratio else 2.0
         self._work.total += (len(tries) - EXPECTED_TRIES) * len(self._prompts)
-        _, threshold, drift = min(tries)
-        return threshold, drift
+        _, threshold, self._drifts[region] = min(tries)
+        return replace(skip, threshold=threshold)
 
-    def _skip(self, region: Region) -> SkipParams:
-        return SkipParams(
-            policy="ffn_skip",
-            warmup_tokens=self._options.warmup_tokens,
-            cold_start=region[0],
-            cold_end=region[1],
-        )
-
-    def _reach(self, skip: SkipParams) -> float:
-        return max_reachable_ratio(skip, self._num_layers)
+    def _expect(self, compared: Collection[list[Region]]) -> None:
+        """For the progress bar: tries of a row each, measurements of three."""
+        num_regions = sum(map(len, compared))
+        num_costs = sum(len(found) for found in compared if len(found) > 1)
+        of_prompts = 1 + EXPECTED_TRIES * num_regions + 3 * num_costs
+        of_held_out = 3 * len(compared)
+        self._work.total = of_prompts * len(self._prompts) + of_held_out * len(self._held_out)
 
 
-def _point(
-    target: float, threshold: float, region: Region | None, measured: Measurement
-) -> SkipPoint:
+def _point(target: float, skip: SkipParams, measured: Measurement) -> SkipPoint:
     return SkipPoint(
         target_ratio=target,
-        threshold=threshold,
-        region=region,
+        threshold=skip.threshold,
+        region=(skip.cold_start, skip.cold_end),
         token_skip_ratio=round(measured.token_skip_ratio, DIGITS),
         weight_skip_ratio={
             batch: round(measured.weight_skip_ratio(batch), DIGITS) for batch in BATCHES

@@ -34,7 +34,7 @@ def draw_profile(profile: SkipProfile, path: Path) -> None:
         )
     left.plot(layers, [max(floor, 1 - layer.mean) for layer in curves], "o-", ms=3, label="mean")
     for start, end, label in (
-        (0, profile.cold_start, "cold regions"),
+        (0, profile.cold_start, "cold regions at 25 %"),
         (profile.cold_end, profile.num_layers, None),
     ):
         left.axvspan(start - 0.5, end - 0.5, color="grey", alpha=0.25, lw=0, label=label)

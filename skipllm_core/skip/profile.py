@@ -50,7 +50,7 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     target_ratio: Share
     threshold: Cosine
-    region: tuple[Count, Count] | None = None  # cold_start, cold_end, if not the profile's own
+    region: tuple[Count, Count]  # cold_start, cold_end
     token_skip_ratio: Share
     weight_skip_ratio: dict[int, Share]  # batch size -> ratio
     top1_agreement: Share
@@ -61,9 +61,10 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model's skippable region and thresholds. Points beyond the region's reach have a wider one
-    of their own. `model` is its identity for readers, `fingerprint` (of config and weights) the one
-    that is checked. Points go from little skipping to much."""
+    """A model's skippable regions and thresholds. Each point has the region that served its ratio
+    best; `cold_start` and `cold_end` are for thresholds that come without a ratio. `model` is its
+    identity for readers, `fingerprint` (of config and weights) the one that is checked. Points go
+    from little skipping to much."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     fingerprint: str
@@ -77,15 +78,13 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     similarity: tuple[LayerSimilarity, ...]
 
     def __post_init__(self) -> None:
-        if not 0 < self.cold_start < self.cold_end < self.num_layers:
+        regions = [(self.cold_start, self.cold_end), *(point.region for point in self.points)]
+        if not all(0 < start < end < self.num_layers for start, end in regions):
             raise ValueError("not so: 0 < cold_start < cold_end < number of layers")
-        for start, end in map(self.region_at, self.points):
-            if not 0 < start <= self.cold_start < self.cold_end <= end < self.num_layers:
-                raise ValueError("a point's region must hold the profile's own")
         for before, after in zip(self.points, self.points[1:], strict=False):
             if not before.token_skip_ratio < after.token_skip_ratio:
                 raise ValueError("points must go from a low ratio to a high one")
-            is_same_region = self.region_at(before) == self.region_at(after)
+            is_same_region = before.region == after.region
             if is_same_region and not before.threshold >= after.threshold:
                 raise ValueError("points of one region must go from a high threshold to a low one")
 
@@ -105,15 +104,11 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ratios = [p.token_skip_ratio for p in self.points if p.top1_agreement >= least]
         return max(ratios, default=None)
 
-    def region_of_size(self, num_layers: float) -> tuple[int, int]:
-        """The narrowest of the measured regions with so many layers, else the widest."""
-        regions = [(self.cold_start, self.cold_end), *map(self.region_at, self.points)]
-        by_size = sorted(regions, key=lambda region: region[1] - region[0])
-        return next((r for r in by_size if r[1] - r[0] >= num_layers), by_size[-1])
-
-    def region_at(self, point: SkipPoint) -> tuple[int, int]:
-        """(cold_start, cold_end) of one of the points."""
-        return point.region or (self.cold_start, self.cold_end)
+    @property
+    def widest_region(self) -> tuple[int, int]:
+        """The one of most layers that was measured."""
+        regions = [(self.cold_start, self.cold_end), *(point.region for point in self.points)]
+        return max(regions, key=lambda region: region[1] - region[0])
 
     def at_ratio(self, ratio: float) -> tuple[float, tuple[int, int]]:
         """(threshold, region) that skip this share of FFN blocks, between the measured points
@@ -122,9 +117,9 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         0 < ratio <= max_ratio. Ratios below the first point lie between it and threshold 1.
         """
         assert 0 < ratio <= self.max_ratio, "the caller has compared the ratio with max_ratio"
-        low_ratio, low_threshold, low_region = 0.0, 1.0, self.region_at(self.points[0])
+        low_ratio, low_threshold, low_region = 0.0, 1.0, self.points[0].region
         for point in self.points:
-            high_region = self.region_at(point)
+            high_region = point.region
             if ratio <= point.token_skip_ratio:
                 share = (ratio - low_ratio) / (point.token_skip_ratio - low_ratio)
                 if low_region != high_region:

@@ -1,9 +1,10 @@
-"""From similarities to settings: the skippable region, and thresholds for ratios.
+"""From similarities to settings: regions that may be skipped, and thresholds for ratios.
 
-The rule for the region, whose outside is cold: the plateau of the mean similarity is the widest
-that skipping may take without loss of its own (`find_plateau`); regions within it are compared by
-what they cost (`candidate_regions`); a ratio that the plateau does not reach gets a wider region,
-grown from it layer by layer (`wider_regions`).
+The rule: the plateau of the mean similarity is where skipping may begin (`find_plateau`). From it a
+chain of regions is made, each within the next (`nested_regions`): narrower ones lose their worse
+end layer, wider ones gain their better neighbour. For a target ratio a few of them are compared, by
+what they cost (`candidates`): the narrowest that reaches the target, in which every token triggers
+at once, and wider ones, which leave tokens room to differ.
 """
 
 from __future__ import annotations
@@ -17,29 +18,44 @@ from torch import Tensor
 from skipllm_core.types import SkipParams
 
 PLATEAU_FACTOR = 3.0
-MIN_REACH = 0.3  # of a region: at its reach every token must trigger at once, and nothing adapts
-MAX_REGIONS = 5  # that are compared
+SLACK = (0, 1, 2, 4)  # of the compared regions, in twelfths of the layers
 DIGITS = 6  # of the numbers in the profile
 
 Region = tuple[int, int]  # cold_start, cold_end
 
 
-def candidate_regions(means: Sequence[float]) -> list[Region]:
-    """Regions (cold_start, cold_end), each within the one before: the plateau, then without its
-    worse end layer, and so on while there is still room to spare at MIN_REACH; MAX_REGIONS of
-    them.
-    """
-    start, end = find_plateau(means)
-    regions = [(start, end)]
-    min_size = math.ceil(MIN_REACH * len(means)) + 1  # one triggers, the others are skipped
-    while end - start > min_size:
+def nested_regions(means: Sequence[float]) -> list[Region]:
+    """Regions of 2, 3, ... layers, each within the next: those inside the plateau, without their
+    worse end layer one by one; the plateau; and wider ones, with their better neighbour one by
+    one, up to all layers but the first and the last."""
+    plateau = start, end = find_plateau(means)
+    narrower: list[Region] = []
+    while end - start > 2:
         if means[start] < means[end - 1]:
             start += 1
         else:
             end -= 1
-        regions.append((start, end))
-    step = max(1.0, (len(regions) - 1) / (MAX_REGIONS - 1))
-    return [regions[round(n * step)] for n in range(min(len(regions), MAX_REGIONS))]
+        narrower.append((start, end))
+    start, end = plateau
+    wider: list[Region] = []
+    while (start, end) != (1, len(means) - 1):
+        below = means[start - 1] if start > 1 else -math.inf
+        above = means[end] if end < len(means) - 1 else -math.inf
+        if below >= above:
+            start -= 1
+        else:
+            end += 1
+        wider.append((start, end))
+    regions = [*reversed(narrower), plateau, *wider]
+    return [region for region in regions if region[1] - region[0] >= 2]
+
+
+def candidates(regions: Sequence[Region], target: float, num_layers: int) -> list[Region]:
+    """Of regions from narrow to wide, those to compare for a target: the narrowest that reaches it,
+    and those that are wider by SLACK. None: it is beyond them all."""
+    reaching = [r for r in regions if target <= max_reachable_ratio(r, num_layers)]
+    step = max(1, round(num_layers / 12))
+    return [reaching[step * slack] for slack in SLACK if step * slack < len(reaching)]
 
 
 def find_plateau(means: Sequence[float]) -> Region:
@@ -62,9 +78,9 @@ def find_plateau(means: Sequence[float]) -> Region:
     return longest, end
 
 
-def max_reachable_ratio(skip: SkipParams, num_layers: int) -> float:
+def max_reachable_ratio(region: Region, num_layers: int) -> float:
     """Where every token triggers at the first skippable layer, and skips all the others."""
-    return max(0, skip.cold_end - 1 - skip.cold_start) / num_layers
+    return max(0, region[1] - 1 - region[0]) / num_layers
 
 
 def find_threshold(similarities: Tensor, skip: SkipParams, ratio: float) -> float:
@@ -81,19 +97,3 @@ def find_threshold(similarities: Tensor, skip: SkipParams, ratio: float) -> floa
     threshold = float(reached.sort(descending=True).values[rank - 1])
     rounded = math.floor(threshold * 10**DIGITS) / 10**DIGITS  # down: the rank has to reach it
     return float(min(1.0, rounded))
-
-
-def wider_regions(means: Sequence[float], region: Region) -> list[Region]:
-    """Regions that each hold the one before, from one layer more than `region` to all layers but
-    the first and the last: the better neighbour is added first."""
-    start, end = region
-    regions = []
-    while (start, end) != (1, len(means) - 1):
-        below = means[start - 1] if start > 1 else -2.0
-        above = means[end] if end < len(means) - 1 else -2.0
-        if below >= above:
-            start -= 1
-        else:
-            end += 1
-        regions.append((start, end))
-    return regions

@@ -110,9 +110,8 @@ def _amount(
         means = [layer.mean for layer in profile.similarity]
         return SkipParams(policy=policy, layers=best_layers(means, ratio, range(1, num_layers - 1)))
     if policy == "random":
-        start, end = profile.region_of_size(num_layers)  # the widest
+        start, end = profile.widest_region
         ratio = _within(ratio, (end - start) / num_layers)
-        start, end = profile.region_of_size(ratio * num_layers)
         return SkipParams(
             policy=policy,
             probability=min(1.0, ratio * num_layers / (end - start)),

@@ -30,7 +30,11 @@ MODEL = "fake"
 
 def make_profile(num_layers: int = 4) -> SkipProfile:
     return profile(
-        point(0.25, 0.9), num_layers=num_layers, cold_start=1, cold_end=3, warmup_tokens=2
+        point(0.25, 0.9, region=(1, 3)),
+        num_layers=num_layers,
+        cold_start=1,
+        cold_end=3,
+        warmup_tokens=2,
     )
 
 

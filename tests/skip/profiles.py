@@ -17,6 +17,7 @@ def point(ratio: float, threshold: float, measured: float | None = None, **more:
     measured = ratio if measured is None else measured
     settings: dict[str, Any] = {
         "target_ratio": ratio,
+        "region": (1, 5),
         "threshold": threshold,
         "token_skip_ratio": measured,
         "weight_skip_ratio": {1: measured, 4: measured / 2},

@@ -46,7 +46,8 @@ def saved_with(path: Path, **changes: Any) -> Path:
         {"warmup_tokens": 2.5},
         {"points": [{"threshold": 0.9}]},
         {"points": "many"},
-        {"points": [msgspec.to_builtins(point(0.1, 0.9, 0.1)) | {"region": [2, 5]}]},
+        {"points": [msgspec.to_builtins(point(0.1, 0.9, 0.1)) | {"region": [3, 3]}]},
+        {"points": [msgspec.to_builtins(point(0.1, 0.9, 0.1)) | {"region": None}]},
         {"points": [msgspec.to_builtins(point(0.1, 0.9, 0.1)) | {"region": [1, 6]}]},
         {"similarity": []},
         {"similarity": [{"mean": float("nan")}]},
@@ -98,10 +99,9 @@ def test_thresholds_are_those_measured_and_between_them_linear() -> None:
         assert PROFILE.at_ratio(ratio) == (pytest.approx(threshold), (1, 5))
 
 
-def test_a_ratio_beyond_the_regions_reach_takes_a_wider_one() -> None:
-    narrow = msgspec.structs.replace(PROFILE, cold_start=2, cold_end=4)
-    wide = msgspec.structs.replace(PROFILE.points[2], threshold=0.97, region=(1, 5))
-    both = msgspec.structs.replace(narrow, points=(*PROFILE.points[:2], wide))
+def test_between_points_of_two_regions_the_nearer_is_taken() -> None:
+    narrow = [point(0.1, 0.98, 0.12, region=(2, 4)), point(0.2, 0.96, 0.20, region=(2, 4))]
+    both = profile(*narrow, point(0.3, 0.97, 0.28, region=(1, 5)))
     assert both.at_ratio(0.16) == (pytest.approx(0.97), (2, 4))
     assert both.at_ratio(0.23) == (0.96, (2, 4)), "thresholds of two regions do not mix"
     assert both.at_ratio(0.25) == both.at_ratio(0.28) == (0.97, (1, 5))
@@ -129,8 +129,6 @@ def test_an_agreement_takes_the_largest_ratio_that_keeps_it() -> None:
     assert found.ratio_at_agreement(0.995) is None
 
 
-def test_a_region_is_as_wide_as_it_has_to_be() -> None:
-    found = profile(point(0.1, 0.9), point(0.3, 0.9, region=(1, 4)), cold_start=2, cold_end=4)
-    assert found.region_of_size(1.5) == (2, 4)
-    assert found.region_of_size(2.1) == (1, 4)
-    assert found.region_of_size(6) == (1, 4)
+def test_the_widest_region_is_the_one_of_most_layers() -> None:
+    found = profile(point(0.1, 0.9, region=(3, 5)), point(0.3, 0.9, region=(1, 5)), cold_end=4)
+    assert found.widest_region == (1, 5)

@@ -16,8 +16,8 @@ SKIPPING = SkipDefaults(policy="ffn_skip", ratio=0.2)
 
 
 def test_a_ratio_brings_its_region_and_a_threshold_takes_the_profiles() -> None:
-    wide = point(0.25, 0.97, region=(1, 5))
-    both = profile(point(0.1, 0.98), wide, cold_start=2, cold_end=4)
+    narrow, wide = point(0.1, 0.98, region=(2, 4)), point(0.25, 0.97, region=(1, 5))
+    both = profile(narrow, wide, cold_start=2, cold_end=4)
     skip = resolve_skip(SKIPPING, both, SkipOptions(ratio=0.25))
     assert (skip.threshold, skip.cold_start, skip.cold_end) == (0.97, 1, 5)
     skip = resolve_skip(SKIPPING, both, SkipOptions(threshold=0.97))
@@ -113,7 +113,7 @@ def test_skipping_without_an_amount_is_refused() -> None:
 
 # Similarity is highest in layers 2, 4 and 3; layer 5 matters least as a whole, then 2, then 0.
 LAYERS = profile(
-    point(0.2, 0.9),
+    point(0.2, 0.9, region=(2, 5)),
     point(0.5, 0.9, region=(1, 7)),
     num_layers=8,
     cold_start=2,
@@ -140,10 +140,10 @@ def test_static_takes_the_middle_blocks_of_the_highest_similarity() -> None:
     assert of_layers(policy="static", ratio=0.75, warmup_tokens=0).layers == (1, 2, 3, 4, 5, 6)
 
 
-def test_random_spreads_the_ratio_over_the_narrowest_region_that_holds_it() -> None:
-    skip = of_layers(policy="random", ratio=0.25)  # 2 of 8 blocks, from 3
-    assert (skip.cold_start, skip.cold_end) == (2, 5)
-    assert skip.probability == pytest.approx(2 / 3)
+def test_random_spreads_the_ratio_over_the_widest_region() -> None:
+    skip = of_layers(policy="random", ratio=0.25)  # 2 of 8 blocks, from 6
+    assert (skip.cold_start, skip.cold_end) == (1, 7)
+    assert skip.probability == pytest.approx(2 / 6)
     skip = of_layers(policy="random", ratio=0.5)  # 4 of 8, from 6
     assert (skip.cold_start, skip.cold_end) == (1, 7)
     assert skip.probability == pytest.approx(4 / 6)
