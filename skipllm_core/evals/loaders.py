@@ -11,6 +11,7 @@ from typing import Any
 from skipllm_core.errors import ConfigError
 
 HUB_PREFIX = "hub:"
+_INSTALL = "pip install 'skipllm[datasets]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,13 @@ def _rows(path: str, split: str) -> Iterator[Any]:
         yield from _hub_rows(path.removeprefix(HUB_PREFIX), split)
     elif path.endswith(".parquet"):
         try:
-            import pyarrow.parquet  # type: ignore[import-not-found]
+            import pyarrow.parquet
         except ImportError:
-            raise ConfigError("parquet files need pyarrow: pip install pyarrow") from None
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+            raise ConfigError("parquet files need pyarrow: " + _INSTALL) from None
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's are of these
+            raise ConfigError(f"cannot read {path}: {error}") from None
     else:
         try:
             for line in Path(path).read_text("utf-8").split("\n"):
@@ -124,8 +128,12 @@ def _rows(path: str, split: str) -> Iterator[Any]:
 def _hub_rows(name: str, split: str) -> Iterator[Any]:
     """NAME or NAME:CONFIG, as cnn_dailymail:3.0.0."""
     try:
-        import datasets  # type: ignore[import-not-found]
+        import datasets
     except ImportError:
-        raise ConfigError("hub ids need datasets: pip install datasets") from None
+        raise ConfigError("hub ids need datasets: " + _INSTALL) from None
     repo, _, config = name.partition(":")
-    yield from datasets.load_dataset(repo, config or None, split=split)
+    try:
+        yield from datasets.load_dataset(repo, config or None, split=split)
+    except (OSError, ValueError) as error:  # no such data set, no network, no such split
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot load the data set {name}: {reason}") from None

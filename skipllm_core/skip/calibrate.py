@@ -23,7 +23,14 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.measure import Measurement, Recording, free_skip_ratio, measure, record
+from skipllm_core.skip.measure import (
+    Measurement,
+    Recording,
+    forced_kl,
+    free_skip_ratio,
+    measure,
+    record,
+)
 from skipllm_core.skip.probe import Probe, Prompts
 from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
 from skipllm_core.skip.regions import (
@@ -213,7 +220,7 @@ class _Calibration:
         ]
         if len(skips) == 1:
             return skips[0]
-        costs = [measure(self._probe, self._prompts, s, self._work, "cost").kl for s in skips]
+        costs = [forced_kl(self._probe, self._prompts, s, self._work) for s in skips]
         return skips[costs.index(min(costs))]
 
     def _fit(self, similarities: Tensor, skip: SkipParams, target: float) -> SkipParams:
@@ -240,10 +247,10 @@ class _Calibration:
         return replace(skip, threshold=threshold)
 
     def _expect(self, compared: Collection[list[Region]]) -> None:
-        """For the progress bar: tries of a row each, measurements of three."""
+        """For the progress bar: tries of a row, comparisons of two, and measurements of three."""
         num_regions = sum(map(len, compared))
         num_costs = sum(len(found) for found in compared if len(found) > 1)
-        of_prompts = 1 + EXPECTED_TRIES * num_regions + 3 * num_costs
+        of_prompts = 1 + EXPECTED_TRIES * num_regions + 2 * num_costs
         of_held_out = 3 * len(compared)
         self._work.total = of_prompts * len(self._prompts) + of_held_out * len(self._held_out)
 

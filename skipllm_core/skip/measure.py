@@ -177,19 +177,21 @@ class Measurement:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-def measure(
-    probe: Probe, prompts: Prompts, skip: SkipParams, work: Work, name: str = "measure"
-) -> Measurement:
+def measure(probe: Probe, prompts: Prompts, skip: SkipParams, work: Work) -> Measurement:
     """Each prompt three times side by side: in full, skipping on the full one's text, and skipping
     freely. All greedy."""
-    return _over_groups(probe, prompts, skip, work, name, 3, _measure_group)
+    return _over_groups(probe, prompts, skip, work, "measure", 3, _measure_group)
 
 
-def free_skip_ratio(
-    probe: Probe, prompts: Prompts, skip: SkipParams, work: Work, name: str = "free"
-) -> float:
+def forced_kl(probe: Probe, prompts: Prompts, skip: SkipParams, work: Work) -> float:
+    """The KL on the full model's text, and nothing else."""
+    of_group = partial(_measure_group, is_free=False)
+    return _over_groups(probe, prompts, skip, work, "cost", 2, of_group).kl
+
+
+def free_skip_ratio(probe: Probe, prompts: Prompts, skip: SkipParams, work: Work) -> float:
     """The token_skip_ratio of greedy answers after the warm-up, and nothing else."""
-    return _over_groups(probe, prompts, skip, work, name, 1, _free_group).token_skip_ratio
+    return _over_groups(probe, prompts, skip, work, "free", 1, _free_group).token_skip_ratio
 
 
 def _over_groups(
@@ -210,9 +212,12 @@ def _over_groups(
     return result
 
 
-def _measure_group(probe: Probe, prompts: Prompts, skip: SkipParams) -> Measurement:
+def _measure_group(
+    probe: Probe, prompts: Prompts, skip: SkipParams, *, is_free: bool = True
+) -> Measurement:
     result = Measurement.none(probe.runner.num_layers)
-    full, forced, free = probe.prefill(prompts, FULL, skip, skip)
+    full, forced, *rest = probe.prefill(prompts, FULL, skip, *[skip] * is_free)
+    free = rest[0] if rest else []
     while True:
         going = [n for n, seq in enumerate(full) if not probe.has_ended(seq)]
         full, forced = [full[n] for n in going], [forced[n] for n in going]

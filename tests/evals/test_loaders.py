@@ -6,6 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from skipllm_core.errors import ConfigError
@@ -54,12 +57,46 @@ def test_a_row_of_another_form_is_told_with_its_file(tmp_path: Path) -> None:
         load_multi_turn(str(tmp_path / "none.jsonl"))
 
 
+ARTICLES = [{"id": str(n), "article": f"article {n}", "highlights": f"point {n}"} for n in (1, 2)]
+
+
+def test_parquet_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "test.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ARTICLES), path)
+    loaded = load_summaries(str(path))
+    assert [(a.id, a.article, a.highlights) for a in loaded] == [
+        ("1", "article 1", "point 1"),
+        ("2", "article 2", "point 2"),
+    ]
+    path.write_bytes(b"no parquet")
+    for wrong in (path, tmp_path / "none.parquet"):
+        with pytest.raises(ConfigError, match=f"cannot read {wrong}"):
+            load_summaries(str(wrong))
+
+
+def test_hub_ids_go_through_the_datasets_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory stands for a repository of the hub: the library reads both alike."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    repository = tmp_path / "news"
+    repository.mkdir()
+    write(repository / "train.jsonl", {"id": "9", "article": "other", "highlights": "other"})
+    write(repository / "test.jsonl", *ARTICLES)
+    assert [a.id for a in load_summaries(f"hub:{repository}")] == ["1", "2"]
+    with pytest.raises(ConfigError, match="cannot load the data set"):
+        load_summaries(f"hub:{repository}:no_such_config")
+    with pytest.raises(ConfigError, match="cannot load the data set"):
+        load_summaries(f"hub:{tmp_path / 'nowhere'}")
+
+
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match="pip install datasets"):
+    with pytest.raises(ConfigError, match=r"pip install 'skipllm\[datasets\]'"):
         load_summaries("hub:cnn_dailymail:3.0.0")
-    with pytest.raises(ConfigError, match="pip install pyarrow"):
+    with pytest.raises(ConfigError, match=r"pip install 'skipllm\[datasets\]'"):
         load_summaries("articles.parquet")
 
 

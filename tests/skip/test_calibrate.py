@@ -11,7 +11,7 @@ import torch
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.skip.calibrate import BATCHES, TARGET_RATIOS, calibrate
-from skipllm_core.skip.measure import Measurement, measure, record
+from skipllm_core.skip.measure import Measurement, forced_kl, measure, record
 from skipllm_core.skip.policy import RowGate
 from skipllm_core.skip.probe import Probe
 from skipllm_core.skip.profile import SkipProfile
@@ -189,6 +189,15 @@ def test_never_skipping_agrees_with_itself(runner: TorchModelRunner) -> None:
     assert result.perplexity_change == pytest.approx(0, abs=1e-5)
 
 
+def test_the_kl_on_the_full_models_text_does_not_need_the_free_one(
+    profile: SkipProfile, runner: TorchModelRunner
+) -> None:
+    skip = resolve_skip(SkipDefaults(), profile, SkipOptions(ratio=0.2))
+    probe = Probe(runner, max_tokens=8, max_num_seqs=12)
+    whole = measure(probe, prompts(4, seed=3), skip, Work())
+    assert forced_kl(probe, prompts(4, seed=3), skip, Work()) == pytest.approx(whole.kl, rel=1e-3)
+
+
 def test_groups_do_not_change_what_is_measured(
     profile: SkipProfile, runner: TorchModelRunner
 ) -> None:
@@ -360,14 +369,10 @@ def test_the_region_of_the_lowest_kl_is_taken(
 ) -> None:
     """Here, the one whose size is nearest to 5: the costs are made up."""
 
-    def priced(*args: object) -> Measurement:
-        found = measure(*args)
-        if args[-1] == "cost":
-            size = args[2].cold_end - args[2].cold_start
-            found.sum_kl = abs(size - 5) * found.num_forced_tokens
-        return found
+    def cost(probe: Probe, of: object, skip: SkipParams, work: Work) -> float:
+        return abs(skip.cold_end - skip.cold_start - 5)
 
-    monkeypatch.setattr("skipllm_core.skip.calibrate.measure", priced)
+    monkeypatch.setattr("skipllm_core.skip.calibrate.forced_kl", cost)
     points = run(runner, max_tokens=16).points
     sizes = {p.target_ratio: p.region[1] - p.region[0] for p in points}
     compared = {0.05: (2, 3, 4, 6), 0.15: (3, 4, 5, 7), 0.25: (4, 5, 6, 8), 0.5: (7, 8, 9, 11)}
