@@ -120,12 +120,18 @@ def calibrate(
     ] = DEFAULT_WARMUP_TOKENS,
     cold_start: Annotated[
         int | None,
-        typer.Option(metavar="INT", min=1, help="First layer that may be skipped. Default: found."),
+        typer.Option(
+            metavar="INT",
+            min=0,
+            help="First layer that may trigger; those behind it may be skipped. Default: found.",
+        ),
     ] = None,
     cold_end: Annotated[
         int | None,
         typer.Option(
-            metavar="INT", min=3, help="First layer behind those that may be. Default: found."
+            metavar="INT",
+            min=2,
+            help="First layer that always runs again. Default: found.",
         ),
     ] = None,
     **flags: Any,

@@ -132,7 +132,7 @@ class _Calibration:
         self._num_layers = probe.runner.num_layers
         self._drifts: dict[Region, float] = {}
         # A first guess: a pass to record, and for each target the tries and the measurements.
-        self._expect([[(0, 0)] * len(SLACK)] * len(TARGET_RATIOS))
+        self._expect([[(0, 0)] * 2 * len(SLACK)] * len(TARGET_RATIOS))
 
     def profile(self, fingerprint: str) -> SkipProfile:
         self._work.say("recording similarities")
@@ -177,10 +177,10 @@ class _Calibration:
             return nested_regions(means)
         found = find_plateau(means)
         start, end = found[0] if start is None else start, found[1] if end is None else end
-        if not 0 < start < end - 1 < self._num_layers - 1:
+        if not 0 <= start < end - 1 < self._num_layers - 1:
             raise ConfigError(
                 f"--cold-start {start} and --cold-end {end}: between them must be two layers or "
-                f"more, without the first and the last of {self._num_layers}"
+                f"more, without the last of {self._num_layers}"
             )
         return [(start, end)]
 
@@ -189,7 +189,7 @@ class _Calibration:
         compared = {
             target: found
             for target in TARGET_RATIOS
-            if (found := candidates(regions, target, self._num_layers))
+            if (found := self._candidates(regions, target))
         }
         self._expect(compared.values())
         points: list[SkipPoint] = []
@@ -202,6 +202,11 @@ class _Calibration:
             if _skips_more(point, points[-1:]):
                 points.append(point)  # else: too few tokens to tell the two thresholds apart
         return points
+
+    def _candidates(self, regions: list[Region], target: float) -> list[Region]:
+        if len(regions) == 1:  # given: there is nothing to choose
+            return [r for r in regions if target <= max_reachable_ratio(r, self._num_layers)]
+        return candidates(regions, target, self._num_layers)
 
     def _cheapest(self, similarities: Tensor, regions: list[Region], target: float) -> SkipParams:
         """The settings that give the target ratio at the lowest KL on the calibration prompts."""

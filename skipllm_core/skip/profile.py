@@ -79,8 +79,8 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def __post_init__(self) -> None:
         regions = [(self.cold_start, self.cold_end), *(point.region for point in self.points)]
-        if not all(0 < start < end < self.num_layers for start, end in regions):
-            raise ValueError("not so: 0 < cold_start < cold_end < number of layers")
+        if not all(0 <= start < end < self.num_layers for start, end in regions):
+            raise ValueError("not so: 0 <= cold_start < cold_end < number of layers")
         for before, after in zip(self.points, self.points[1:], strict=False):
             if not before.token_skip_ratio < after.token_skip_ratio:
                 raise ValueError("points must go from a low ratio to a high one")

@@ -1,10 +1,12 @@
 """From similarities to settings: regions that may be skipped, and thresholds for ratios.
 
-The rule: the plateau of the mean similarity is where skipping may begin (`find_plateau`). From it a
+A region's first layer is watched and never skipped: what lies before it has not triggered. The
+rule: the plateau of the mean similarity is where skipping may begin (`find_plateau`). From it a
 chain of regions is made, each within the next (`nested_regions`): narrower ones lose their worse
-end layer, wider ones gain their better neighbour. For a target ratio a few of them are compared, by
-what they cost (`candidates`): the narrowest that reaches the target, in which every token triggers
-at once, and wider ones, which leave tokens room to differ.
+end layer, wider ones gain their better neighbour. For a target ratio a few are compared, by what
+they cost (`candidates`): the narrowest that reaches the target, in which every token triggers at
+once, and wider ones, which leave tokens room to differ; all of them also with the layer before, so
+that their own first layer may be skipped too.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from torch import Tensor
 from skipllm_core.types import SkipParams
 
 PLATEAU_FACTOR = 3.0
-SLACK = (0, 1, 2, 4)  # of the compared regions, in twelfths of the layers
+SLACK = (0, 1, 2)  # of the compared regions, in twelfths of the layers
 DIGITS = 6  # of the numbers in the profile
 
 Region = tuple[int, int]  # cold_start, cold_end
 
 
 def nested_regions(means: Sequence[float]) -> list[Region]:
-    """Regions of 2, 3, ... layers, each within the next: those inside the plateau, without their
+    """Regions of 1, 2, ... layers, each within the next: those inside the plateau, without their
     worse end layer one by one; the plateau; and wider ones, with their better neighbour one by
     one, up to all layers but the first and the last."""
     plateau = start, end = find_plateau(means)
     narrower: list[Region] = []
-    while end - start > 2:
+    while end - start > 1:
         if means[start] < means[end - 1]:
             start += 1
         else:
@@ -46,16 +48,20 @@ def nested_regions(means: Sequence[float]) -> list[Region]:
         else:
             end += 1
         wider.append((start, end))
-    regions = [*reversed(narrower), plateau, *wider]
-    return [region for region in regions if region[1] - region[0] >= 2]
+    return [*reversed(narrower), plateau, *wider]
 
 
 def candidates(regions: Sequence[Region], target: float, num_layers: int) -> list[Region]:
-    """Of regions from narrow to wide, those to compare for a target: the narrowest that reaches it,
-    and those that are wider by SLACK. None: it is beyond them all."""
-    reaching = [r for r in regions if target <= max_reachable_ratio(r, num_layers)]
+    """Of regions from narrow to wide, those to compare for a target: the narrowest that reaches it
+    and those that are wider by SLACK, of these regions and of the same begun one layer earlier.
+    None: it is beyond them all."""
     step = max(1, round(num_layers / 12))
-    return [reaching[step * slack] for slack in SLACK if step * slack < len(reaching)]
+    found: list[Region] = []
+    for earlier in (0, 1):
+        begun = [(start - earlier, end) for start, end in regions]
+        reaching = [r for r in begun if target <= max_reachable_ratio(r, num_layers)]
+        found += [reaching[step * slack] for slack in SLACK if step * slack < len(reaching)]
+    return list(dict.fromkeys(found))
 
 
 def find_plateau(means: Sequence[float]) -> Region:

@@ -38,7 +38,7 @@ def saved_with(path: Path, **changes: Any) -> Path:
         {"fingerprint": "gone"},
         {"fingerprint": 7},
         {"surprise": 1},
-        {"cold_start": 0},
+        {"cold_start": -1},
         {"cold_start": 5},
         {"cold_end": 6},
         {"cold_end": -1},
