@@ -25,6 +25,7 @@ from skipllm_core.bench.gpu_parts import empty_kernel_us, linear_gb_per_s
 from skipllm_core.bench.gpu_plan import Plan, PlanBench
 from skipllm_core.bench.gpu_report import draw, gpu_table, report
 from skipllm_core.bench.gpu_targets import targets
+from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
 from skipllm_core.bench.triggers import TriggerSpread
 from skipllm_core.kernels.gpu.linear import Tile
 from skipllm_core.model.llama import LlamaModel
@@ -88,6 +89,56 @@ def test_forced_rows_skip_exactly_what_they_are_told(model: LlamaModel, batch: i
         assert not bench.rows.skipped.any(), "the gate alone skips nothing"
         assert bench.never(1) > 0
         assert bench.rows.logits.isfinite().all()
+
+
+class FakeGraph:
+    """Says who was captured behind a node, and whether the node would have run it."""
+
+    current: FakeGraph
+
+    def __init__(self) -> None:
+        FakeGraph.current = self
+        self.nodes: list[bool] = []
+        self.depth = 0
+
+    @staticmethod
+    def get_currently_capturing_graph() -> FakeGraph:
+        return FakeGraph.current
+
+    def begin_capture_to_if_node(self, condition: torch.Tensor) -> None:
+        assert (condition.dtype, condition.shape) == (torch.bool, ())
+        self.depth += 1
+        self.nodes.append(bool(condition))
+
+    def end_capture_to_conditional_node(self) -> None:
+        self.depth -= 1
+
+
+def test_an_if_node_stands_before_each_ffn_of_a_captured_step(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_if_nodes(), "torch without CUDA"
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert has_if_nodes()
+    settings = {"batch": 2, "context": 5, "capture": direct, "tiles": tiles}
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        plain = StepBench(model, **settings)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        bench = StepBench(model, **settings, decoder_type=IfNodeDecoder)  # type: ignore[arg-type]
+        graph = FakeGraph()
+        bench.forced([1, 2], 1)
+        assert graph.nodes == [], "not captured: predicated as ever"
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        bench._skip()
+        assert graph.nodes == [True, True, False, True]
+        assert graph.depth == 0
+        bench._stock()
+        assert len(graph.nodes) == 4, "nobody decides in a stock step"
+        bench._skip()
+        plain.forced([1, 2], 1)
+        assert torch.equal(bench.rows.logits, plain.rows.logits)
 
 
 def test_natural_thresholds_skip_about_what_is_asked_for(model: LlamaModel) -> None:

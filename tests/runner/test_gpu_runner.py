@@ -220,8 +220,11 @@ def test_slots_stay_dense_and_a_state_follows_its_sequence(seed: int) -> None:
 def short_requests() -> list[tuple[list[int], SamplingParams]]:
     """As `requests`, but the interpreter takes a second for a step."""
     return [
-        (prompt[:6], replace(params, max_tokens=4 + n, skip=replace(params.skip, warmup_tokens=1)))
-        for n, (prompt, params) in enumerate(requests(4))
+        (
+            prompt[:6],
+            replace(params, max_tokens=4 + n % 3, skip=replace(params.skip, warmup_tokens=n % 3)),
+        )
+        for n, (prompt, params) in enumerate(requests(len(SKIPS)))
     ]
 
 

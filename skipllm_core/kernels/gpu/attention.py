@@ -20,6 +20,10 @@ from skipllm_core.kernels.gpu.linear import NUM_PROGRAMS
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.llama import Attention
 
+# Of the keys that a program loads at once: several of these wait in shared memory, of which smaller
+# GPUs have 99 KiB for a program.
+TILE_BYTES = 2**15
+
 
 @triton.jit
 def _split_bounds(position, window, split, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
@@ -232,6 +236,7 @@ def attend(
     norm = attention.qk_norm
     window = attention.window or 0
     num_splits = scratch.num_splits(num_rows)
+    d_pad = max(16, triton.next_power_of_2(head_dim))
     _attend[(num_rows, num_kv_heads, num_splits)](
         qkv,
         qkv if norm is None else norm.weight,
@@ -257,8 +262,8 @@ def attend(
         MIN_SPLIT=scratch.min_split,
         GROUP_PAD=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         HALF_PAD=max(16, triton.next_power_of_2(head_dim // 2)),
-        D_PAD=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_T=min(64, scratch.min_split),
+        D_PAD=d_pad,
+        BLOCK_T=min(64, scratch.min_split, max(16, TILE_BYTES // (d_pad * keys.itemsize))),
         num_warps=4,
     )
     _merge[(num_rows, num_heads)](
@@ -272,6 +277,6 @@ def attend(
         D=head_dim,
         SPLITS=num_splits,
         MIN_SPLIT=scratch.min_split,
-        D_PAD=max(16, triton.next_power_of_2(head_dim)),
+        D_PAD=d_pad,
         num_warps=1,
     )
