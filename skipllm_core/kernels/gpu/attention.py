@@ -120,12 +120,13 @@ def _attend(
         k1 = tl.load(key_ptr + half, mask=is_half, other=0.0).to(tl.float32)
         k2 = tl.load(key_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
         if HAS_NORM:
-            squares = tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0)
+            # Names of their own: a name keeps its shape, also from one branch to another.
+            key_squares = tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0)
             norm_ptr = qk_norm_ptr + (NUM_HEADS + kv_head) * D
-            w1 = tl.load(norm_ptr + half, mask=is_half, other=0.0).to(tl.float32)
-            w2 = tl.load(norm_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
-            k1 = _normed_half(k1, squares, w1, D, eps, dtype)
-            k2 = _normed_half(k2, squares, w2, D, eps, dtype)
+            norm1 = tl.load(norm_ptr + half, mask=is_half, other=0.0).to(tl.float32)
+            norm2 = tl.load(norm_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
+            k1 = _normed_half(k1, key_squares, norm1, D, eps, dtype)
+            k2 = _normed_half(k2, key_squares, norm2, D, eps, dtype)
         new1 = (k1 * cos - k2 * sin).to(dtype)
         new2 = (k2 * cos + k1 * sin).to(dtype)
         value_ptr = heads_ptr + (NUM_HEADS + NUM_KV_HEADS + kv_head) * D

@@ -71,9 +71,10 @@ for num_rows in (1, 2, 32, 256):  # one for each height of the tiles
     alone.step(num_rows, can_skip=True)
     DeviceSampler(rows).step(num_rows, SamplingKind.DRAW)
 for head_dim in (64, 96, 128, 256):
-    for num_kv_heads in (1, 4):
-        heads = {"head_dim": head_dim, "num_key_value_heads": num_kv_heads}
-        decoders(rows, num_hidden_layers=1, **heads)[0].step(1, can_skip=False)
+    for family in ("llama", "qwen3"):  # whose heads are normed
+        changes = {"model_type": family, "head_dim": head_dim, "num_hidden_layers": 1}
+        architecture = {"architectures": [f"{family.capitalize()}ForCausalLM"]}
+        decoders(rows, **changes, **architecture)[0].step(1, can_skip=False)
 print(*sorted(names))
 """
 
