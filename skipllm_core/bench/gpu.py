@@ -34,7 +34,7 @@ def milliseconds(
     """The median over rounds of the time of one replay; a round has `num_replays`, or fewer where
     they are long."""
     launch()
-    one = _seconds(launch, device, 1) * 1e3
+    one = max(1e-3, _seconds(launch, device, 1) * 1e3)
     num_replays = max(1, min(num_replays, int(ROUND_MS / one)))
     rounds = [_seconds(launch, device, num_replays) for _ in range(NUM_ROUNDS)]
     return statistics.median(rounds) / num_replays * 1e3

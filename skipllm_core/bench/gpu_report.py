@@ -36,7 +36,7 @@ def run_plan(plan: Plan, json_file: Path | None, plot_file: Path | None) -> None
         )
     device = torch.device("cuda", 0)
     name = torch.cuda.get_device_name(device)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # errors may have brackets
     if not console.is_terminal:
         console.width = FILE_WIDTH
     bench = PlanBench(plan, device=device, dtype=torch.bfloat16, make_capture=CudaCapture)

@@ -264,6 +264,21 @@ def test_what_fails_in_transformers_is_told(
     assert told[2].endswith("transformers static, 163m: ImportError: no such cache")
 
 
+def test_what_is_compiled_long_is_not_begun_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(
+        gpu_plan, "measure_transformers", lambda *_, is_static: begun.append(is_static) or []
+    )
+    monkeypatch.setattr(PlanBench, "_measure_model", lambda *_: iter(()))
+    plan = Plan(shapes=["163m"], batches=[1], contexts=[3], forced_skips=[0], compare=True)
+    clock = iter([0.0, 440.0, 440.0, 440.0])  # of 480 s
+    told = list(plan_bench(plan, clock=lambda: next(clock)).items())
+    assert begun == [False]
+    last = told[-1]
+    assert isinstance(last, Told)
+    assert last.text == "left out, as the time is used up: transformers static, 163m"
+
+
 def test_the_bandwidth_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_plan, "copy_bytes_per_s", lambda _: 4e12)
     speeds = SimpleNamespace(bytes_per_s=3e12)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from server.cli import app
+from skipllm_core.bench import gpu_report
 from skipllm_core.bench.gpu_measurement import GpuMeasurement, Told
+from skipllm_core.bench.gpu_plan import Plan
 from skipllm_core.bench.gpu_report import draw, report
 from skipllm_core.bench.gpu_targets import targets
 
@@ -91,6 +94,29 @@ def test_the_report_keeps_what_was_measured_before_it_broke_off(tmp_path: Path) 
     assert "3.500 - 60.0 us k" in text
     assert "target: no skip: 3.50 ms (at most 3.65 ms): met" in text
     assert (tmp_path / "gpu.png").exists()
+
+
+def test_the_command_names_the_device_and_reports_the_plans_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bench:
+        def __init__(self, plan: Plan, **settings: Any) -> None:
+            assert settings["dtype"] == torch.bfloat16
+            self.text = f"left out: {plan.shapes[0]} [/] in brackets"
+
+        def items(self) -> list[Told]:
+            return [Told(self.text)]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(gpu_report, "PlanBench", Bench)
+    path = tmp_path / "gpu.jsonl"
+    result = CliRunner().invoke(app, ["bench", "gpu", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"NVIDIA H200, torch {torch.__version__}")
+    assert "left out: llama-2-7b [/] in brackets" in result.output
+    about = {"device_name": "NVIDIA H200", "torch": torch.__version__}
+    assert json.loads(path.read_text()) == about
 
 
 def test_targets_are_held_against_what_was_measured() -> None:

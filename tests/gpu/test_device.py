@@ -102,9 +102,11 @@ def test_if_nodes_skip_what_predication_skips(tmp_path: Path) -> None:
 
 
 def test_graphs_say_what_torch_alone_says_for_a_thousand_steps(tmp_path: Path) -> None:
-    by_graphs = serve(build_engine(config_for(tmp_path)), requests(1000))
+    engine = build_engine(config_for(tmp_path))
+    assert isinstance(engine._runner, GpuModelRunner), "else torch is compared with itself"
+    by_graphs = serve(engine, requests(1000))
     eager = build_engine(config_for(tmp_path, enforce_eager=True))
-    assert isinstance(eager._runner, TorchModelRunner)
+    assert type(eager._runner) is TorchModelRunner
     by_torch = serve(eager, requests(1000))
     # Rounding may flip a choice of random weights; what comes after one is another text.
     for mine, theirs in zip(by_graphs, by_torch, strict=True):
