@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -98,7 +99,8 @@ def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
     """A line per case."""
     table = Table(
         "model", "weights", "batch", "context", "never, ms", "tokens/s", "ceiling", "gate alone",
-        "k: ms = a - k b", "ffn_skip", "mixed: saved, of expected",
+        "k: ms = a - k b", "ffn_skip, at", "mixed, of expected",
+        box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for case in dict.fromkeys(row.case for row in rows):
         found = [row for row in rows if row.case == case]
@@ -144,7 +146,7 @@ def _fit(rows: Sequence[GpuMeasurement]) -> str:
 
 
 def _speedup(row: GpuMeasurement) -> str:
-    return f"{row.speedup_vs_never:.3f}x at {_percent(row.weight_skip_ratio)} of the weights"
+    return f"{row.speedup_vs_never:.3f}x, {_percent(row.weight_skip_ratio)}"
 
 
 def _saved(row: GpuMeasurement) -> str:
