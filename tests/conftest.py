@@ -3,9 +3,13 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+if TYPE_CHECKING:
+    import torch
 
 # Read by OpenMP when torch is first imported, so torch itself is not imported here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,3 +49,19 @@ def dummy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=[pytest.mark.gpu])])
+def device(request: pytest.FixtureRequest) -> "torch.device":
+    """Where a test of Triton's kernels runs: on a CUDA device (TRITON_INTERPRET=0 pytest -m gpu),
+    else on the CPU, in Triton's interpreter."""
+    import torch
+
+    knobs = pytest.importorskip("triton", reason="Triton has no build for this platform").knobs
+    if request.param == "interpreter":
+        if not knobs.runtime.interpret:
+            pytest.skip("the kernels are compiled: TRITON_INTERPRET=0")
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or knobs.runtime.interpret:
+        pytest.skip("needs a CUDA device, and TRITON_INTERPRET=0")
+    return torch.device("cuda", 0)

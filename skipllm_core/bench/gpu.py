@@ -1,11 +1,10 @@
 """The decode step's kernels on a CUDA device: a graph replayed over and over, without sampling.
 
-Random weights: a block is skipped because it is told to be, so speed is seen and quality is not.
+Random weights: what is skipped means nothing, so speed is seen and quality is not.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,41 +14,39 @@ import torch
 
 from skipllm_core.bench.bandwidth import synchronize
 from skipllm_core.kernels.gpu.decoder import GpuDecoder
-from skipllm_core.kernels.gpu.linear import Tiles, gate_up, tile_for
-from skipllm_core.kernels.gpu.linear import linear as apply_linear
+from skipllm_core.kernels.gpu.linear import Tiles, tile_for
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.layers import Linear
 from skipllm_core.model.llama import LlamaModel
-from skipllm_core.runner.graphs import Capture, Launch
+from skipllm_core.runner.graphs import Capture
 from skipllm_core.runner.kv_cache import KVCache
 
 BLOCK_SIZE = 16
 UNREACHABLE = 2.0  # a threshold that no similarity has
 NUM_ROUNDS = 5
-EMPTY_LAUNCHES = 100
+ROUND_MS = 50.0  # of a round, about: long steps need no twenty replays to be timed
+NUM_BISECTIONS = 20
 
 
 def milliseconds(
     launch: Callable[[], object], device: torch.device, num_replays: int = 20
 ) -> float:
-    """The median over rounds of the time of one of `num_replays` replays, after a warm-up."""
+    """The median over rounds of the time of one replay; a round has `num_replays`, or fewer where
+    they are long."""
     launch()
-    rounds = []
-    for _ in range(NUM_ROUNDS):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(num_replays):
-            launch()
-        synchronize(device)
-        rounds.append((time.perf_counter() - start) / num_replays * 1e3)
-    return statistics.median(rounds)
+    one = max(1e-3, _seconds(launch, device, 1) * 1e3)
+    num_replays = max(1, min(num_replays, int(ROUND_MS / one)))
+    rounds = [_seconds(launch, device, num_replays) for _ in range(NUM_ROUNDS)]
+    return statistics.median(rounds) / num_replays * 1e3
 
 
-def copy_bytes_per_s(device: torch.device, num_bytes: int = 2**31) -> float:
-    """Device to device, bytes read and bytes written."""
-    source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / milliseconds(lambda: target.copy_(source), device, 5) * 1e3
+def _seconds(launch: Callable[[], object], device: torch.device, num_replays: int) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(num_replays):
+        launch()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +79,7 @@ class StepBench:
         context: int,
         capture: Capture,
         tiles: Tiles = tile_for,
+        decoder_type: type[GpuDecoder] = GpuDecoder,
     ) -> None:
         config, device = model.config, model.embedding.device
         self.model, self.batch, self.context = model, batch, context
@@ -108,7 +106,7 @@ class StepBench:
         self.rows.block_tables.copy_(order.view(batch, blocks_per_row))
         self.rows.token_ids.random_(0, config.vocab_size)
         self.rows.positions.fill_(context)
-        decoder = GpuDecoder(model, cache, self.rows, tiles=tiles)
+        decoder = decoder_type(model, cache, self.rows, tiles=tiles)
         self._stock = capture(lambda: decoder.step(batch, can_skip=False))
         self._skip = capture(lambda: decoder.step(batch, can_skip=True))
 
@@ -118,23 +116,64 @@ class StepBench:
 
     def gate_alone(self, num_replays: int = 20) -> float:
         """Every row watched at every layer, and none of them skips."""
+        self._watch(1, self.num_layers - 1)
+        return milliseconds(self._skip, self.device, num_replays)
+
+    def natural(self, num_skipped: float, num_replays: int = 20) -> tuple[float, list[int]]:
+        """Rows skip where their own similarities reach one threshold: the one at which a row skips
+        `num_skipped` blocks on average, as nearly as there is one. And what each row skips."""
+        self._watch(max(1, self.num_layers // 8), self.last_skippable)
+        low, high = -1.0, 1.0  # most is skipped at the lowest
+        for _ in range(NUM_BISECTIONS):
+            middle = (low + high) / 2
+            self.rows.thresholds.fill_(middle)
+            self._skip()
+            mean = float(self.rows.skipped.sum()) / self.batch
+            low, high = (middle, high) if mean >= num_skipped else (low, middle)
+        self.rows.thresholds.fill_(low)
+        ms = milliseconds(self._skip, self.device, num_replays)
+        return ms, self.rows.skipped.sum(dim=1).tolist()
+
+    def _watch(self, cold_start: int, cold_end: int) -> None:
         self.rows.policies.fill_(RowPolicy.FFN_SKIP)
         self.rows.thresholds.fill_(UNREACHABLE)
-        self.rows.cold_starts.fill_(1)
-        self.rows.cold_ends.fill_(self.num_layers - 1)
-        return milliseconds(self._skip, self.device, num_replays)
+        self.rows.cold_starts.fill_(cold_start)
+        self.rows.cold_ends.fill_(cold_end)
+
+    @property
+    def last_skippable(self) -> int:
+        """The end of the layers that are skipped here: the last eighth never is."""
+        return self.num_layers - max(1, self.num_layers // 8)
 
     def forced(self, num_skipped: Sequence[int], num_replays: int = 20) -> float:
         """Row r skips num_skipped[r] blocks: the last ones before the middle's end, as a trigger
         does; so the rows' sets are nested."""
-        end = self.num_layers - max(1, self.num_layers // 8)
-        mask = torch.zeros(self.batch, self.num_layers, dtype=torch.int32)
-        for row, count in enumerate(num_skipped):
-            assert 0 <= count <= end
-            mask[row, end - count : end] = 1
         self.rows.policies.fill_(RowPolicy.MASK)
-        self.rows.mask.copy_(mask)
+        self.rows.mask.copy_(self._masks([num_skipped])[0])
         return milliseconds(self._skip, self.device, num_replays)
+
+    def varying(self, steps: Sequence[Sequence[int]]) -> float:
+        """Milliseconds of a step on average, the rows of step i skipping steps[i] blocks. A mask is
+        copied before each: to be compared with a `varying` alone."""
+        masks = self._masks(steps).to(self.device)
+        self.rows.policies.fill_(RowPolicy.MASK)
+
+        def launch() -> None:
+            for mask in masks:
+                self.rows.mask.copy_(mask)
+                self._skip()
+
+        self._skip()
+        return _seconds(launch, self.device, 1) / len(steps) * 1e3
+
+    def _masks(self, steps: Sequence[Sequence[int]]) -> torch.Tensor:
+        end = self.last_skippable
+        masks = torch.zeros(len(steps), self.batch, self.num_layers, dtype=torch.int32)
+        for mask, counts in zip(masks, steps, strict=True):
+            for row, count in enumerate(counts):
+                assert 0 <= count <= end
+                mask[row, end - count : end] = 1
+        return masks
 
     @property
     def bytes_per_step(self) -> int:
@@ -144,56 +183,3 @@ class StepBench:
         weights = sum(linear.weight.numel() * linear.weight.itemsize for linear in linears)
         kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return weights + self.batch * self.context * kv * self.model.embedding.itemsize
-
-
-def spread_triggers(batch: int, most: int, *, spread: int = 2, never: float = 0.02) -> list[int]:
-    """Blocks skipped by each row when triggers scatter normally by `spread` layers around the one
-    that skips `most` - 2 * spread, and a share `never` does not trigger. Seeded."""
-    rng = random.Random(batch)  # noqa: S311
-    middle = most - 2 * spread
-    return [
-        0 if rng.random() < never else min(most, max(0, round(rng.gauss(middle, spread))))
-        for _ in range(batch)
-    ]
-
-
-def linear_gb_per_s(model: LlamaModel, num_rows: int, capture: Capture) -> dict[str, float]:
-    """How fast the linears of all layers are read, by name, with `num_rows` rows."""
-    device, dtype = model.embedding.device, model.embedding.dtype
-    found = {}
-    for name in ("qkv", "o", "gate_up", "down"):
-        linears = [
-            getattr(block.attention if name in ("qkv", "o") else block.ffn, name)
-            for block in model.blocks
-        ]
-        num_outputs, num_inputs = linears[0].weight.shape
-        x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
-        out = torch.zeros(num_rows, num_outputs, dtype=dtype, device=device)
-        launch = capture(_apply_all(linears, x, out))
-        num_bytes = sum(one.weight.numel() * one.weight.itemsize for one in linears)
-        found[name] = num_bytes / milliseconds(launch, device) / 1e6
-    return found
-
-
-def _apply_all(linears: list[Linear], x: torch.Tensor, out: torch.Tensor) -> Launch:
-    def launch() -> None:
-        for one in linears:
-            apply_linear(x, one, out, len(x))
-
-    return launch
-
-
-def empty_kernel_us(model: LlamaModel, num_rows: int, capture: Capture) -> float:
-    """Microseconds of a predicated kernel in a graph when all its rows skip."""
-    device, block = model.embedding.device, model.blocks[0]
-    dtype = model.embedding.dtype
-    hidden, inner = model.config.hidden_size, model.config.intermediate_size
-    h = torch.zeros(num_rows, hidden, dtype=dtype, device=device)
-    act = torch.zeros(num_rows, inner, dtype=dtype, device=device)
-    nobody = torch.zeros(num_rows, dtype=torch.int32, device=device)
-
-    def launch() -> None:
-        for _ in range(EMPTY_LAUNCHES):
-            gate_up(h, block.norm2, block.ffn.gate_up, act, num_rows, run=nobody)
-
-    return milliseconds(capture(launch), device) / EMPTY_LAUNCHES * 1e3

@@ -1,59 +1,37 @@
-"""What `skipllm bench gpu` measures, in order, until its time is used up."""
+"""What `skipllm bench gpu` measures, in order, until its time is used up.
+
+Whatever fails, or does not fit, is told, and the rest goes on.
+"""
 
 from __future__ import annotations
 
-import statistics
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from skipllm_core.bench.gpu import Fit, StepBench, spread_triggers
+from skipllm_core.bench.bandwidth import measure_read_bandwidth, synchronize
+from skipllm_core.bench.gpu import StepBench
+from skipllm_core.bench.gpu_case import CaseBench
+from skipllm_core.bench.gpu_measurement import Item, Told
+from skipllm_core.bench.gpu_parts import copy_bytes_per_s, empty_kernel_us, linear_gb_per_s
+from skipllm_core.bench.gpu_peer import measure_transformers
+from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
 from skipllm_core.bench.shapes import write_shape
 from skipllm_core.config import Quantization
-from skipllm_core.errors import ConfigError
 from skipllm_core.kernels.gpu.linear import Tiles, tile_for
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.graphs import Capture
 from skipllm_core.runner.kv_cache import KVCache
 
-GpuPolicy = Literal[
-    "never", "gate only", "forced", "mixed", "transformers eager", "transformers static"
-]
-NUM_TRANSFORMERS_TOKENS = 24
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuMeasurement:
-    """One row of the table and one line of the JSON; ratios to the `never` of the same shape."""
-
-    model: str
-    device: str
-    dtype: str
-    quantization: str
-    policy: GpuPolicy
-    batch: int
-    context: int
-    ms_per_step: float
-    tokens_per_s: float
-    forced_skip: float | None = None  # blocks a row skips; mixed: their mean
-    ceiling_share: float | None = None
-    speedup_vs_never: float | None = None
-    token_skip_ratio: float | None = None
-    weight_skip_ratio: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is no measurement of a step: a fit, or why something was left out."""
-
-    text: str
+COMPILE_S = 60.0  # transformers' static cache is compiled, which takes about so long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,47 +61,176 @@ def load_shape(
         )
 
 
-@torch.inference_mode()
-def measure_plan(
-    plan: Plan,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    bytes_per_s: float,
-    make_capture: Callable[[], Capture],
-    clock: Callable[[], float] = time.monotonic,
-    tiles: Tiles = tile_for,
-) -> Iterator[GpuMeasurement | Told]:
-    """Shape after shape; what no longer fits into the time or the memory is told, not measured."""
-    end_s = clock() + plan.budget_s
-    for shape in plan.shapes:
-        for quantization in plan.quantizations:
-            model: LlamaModel | None = None
-            for context in plan.contexts:
-                for batch in plan.batches:
-                    what = f"{shape}, {quantization}, batch {batch}, context {context}"
-                    if clock() > end_s:
-                        yield Told(f"left out, as the time is used up: {what}")
-                        continue
-                    try:
-                        if model is None:
-                            model = load_shape(shape, dtype, device, quantization)
-                        if not _fits(model, batch, context):
-                            yield Told(f"left out, as its KV cache does not fit: {what}")
-                            continue
-                        yield from _measure_case(
-                            partial(
-                                StepBench, model, batch=batch, context=context,
-                                capture=make_capture(), tiles=tiles,
-                            ),
-                            plan, shape, str(dtype).removeprefix("torch."), quantization,
-                            bytes_per_s,
-                        )  # fmt: skip
-                    except torch.OutOfMemoryError:
-                        yield Told(f"left out, as the memory does not suffice: {what}")
-            del model
-        if plan.compare and clock() <= end_s:
-            yield from _measure_transformers(plan, shape, device, dtype)
+class PlanBench:
+    """Measures a plan on a device; `items` is to be iterated once, under inference mode."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        make_capture: Callable[[], Capture],
+        clock: Callable[[], float] = time.monotonic,
+        tiles: Tiles = tile_for,
+        bytes_per_s: float | None = None,
+    ) -> None:
+        """`bytes_per_s`: what the device reads at most, if it is not to be measured."""
+        self.plan, self.device, self.dtype = plan, device, dtype
+        self._make_capture = make_capture
+        self._clock = clock
+        self._tiles = tiles
+        self._bytes_per_s = bytes_per_s
+        self._end_s = clock() + plan.budget_s
+
+    def items(self) -> Iterator[Item]:
+        """Shape after shape, the first batch and context of each with everything."""
+        plan = self.plan
+        if self._bytes_per_s is None:
+            self._bytes_per_s = float("inf")  # until it is measured: no ceiling then
+            yield from self._guarded("the memory's bandwidth", self._measure_memory)
+        if not has_if_nodes():
+            yield Told(f"no CUDA IF nodes: torch {torch.__version__} cannot capture them")
+        for shape in plan.shapes:
+            for quantization in plan.quantizations:
+                yield from self._guarded(
+                    f"{shape}, {quantization}",
+                    lambda s=shape, q=quantization: self._measure_model(s, q),  # type: ignore[misc]
+                )
+                if not self._works():
+                    yield Told("the device does not answer any more: nothing else is measured")
+                    return
+                if plan.compare and quantization == plan.quantizations[0]:
+                    yield from self._compare(shape)
+
+    def _guarded(
+        self, what: str, measure: Callable[[], Iterator[Item]], needed_s: float = 0.0
+    ) -> Iterator[Item]:
+        """What `measure` finds until it fails; not begun when less than `needed_s` is left."""
+        if self._clock() + needed_s > self._end_s:
+            yield Told(f"left out, as the time is used up: {what}")
+            return
+        try:
+            yield from measure()
+        except torch.OutOfMemoryError:
+            yield Told(f"left out, as the memory does not suffice: {what}")
+        except Exception as error:
+            logger.warning("%s failed", what, exc_info=True)
+            yield Told(f"left out, as it failed: {what}: {type(error).__name__}: {_line(error)}")
+
+    def _works(self) -> bool:
+        """After some errors a CUDA device refuses everything until the process ends."""
+        try:
+            synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
+
+    def _measure_memory(self) -> Iterator[Item]:
+        copied = copy_bytes_per_s(self.device)
+        read = measure_read_bandwidth(self.device).bytes_per_s
+        self._bytes_per_s = max(copied, read)
+        yield Told(
+            f"memory: copies {copied / 1e9:.0f} GB/s, reads {read / 1e9:.0f} GB/s",
+            {"copy_bytes_per_s": copied, "read_bytes_per_s": read},
+        )
+
+    def _measure_model(self, shape: str, quantization: Quantization) -> Iterator[Item]:
+        plan = self.plan
+        model = load_shape(shape, self.dtype, self.device, quantization)
+        what = f"{shape}, {quantization}"
+        yield from self._guarded(
+            f"the linears of {what}", lambda: self._measure_linears(model, what)
+        )
+        for context in plan.contexts:
+            for batch in plan.batches:
+                case = f"{what}, batch {batch}, context {context}"
+                if not _fits(model, batch, context):
+                    yield Told(f"left out, as its KV cache does not fit: {case}")
+                    continue
+                yield from self._guarded(
+                    case,
+                    lambda b=batch, c=context: self._measure_case(  # type: ignore[misc]
+                        model, shape, quantization, b, c
+                    ),
+                )
+                if not self._works():
+                    return
+
+    def _measure_linears(self, model: LlamaModel, what: str) -> Iterator[Item]:
+        empty = empty_kernel_us(model, 1, self._make_capture(), self._tiles)
+        yield Told(
+            f"{what}: a predicated kernel in a graph that does nothing: {empty:.2f} us",
+            {"empty_kernel": what, "us": empty},
+        )
+        for num_rows in self.plan.batches:
+            found = linear_gb_per_s(model, num_rows, self._make_capture(), self._tiles)
+            speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in found.items())
+            yield Told(
+                f"{what}: linears of {num_rows} rows, GB/s: {speeds}",
+                {"linears_gb_per_s": what, "num_rows": num_rows, **found},
+            )
+
+    def _measure_case(
+        self, model: LlamaModel, shape: str, quantization: Quantization, batch: int, context: int
+    ) -> Iterator[Item]:
+        # Made here, so that its memory is free when the case ends, and if it fails.
+        bench = self._step_bench(model, batch, context)
+        assert self._bytes_per_s is not None
+        case = CaseBench(
+            bench,
+            shape=shape,
+            dtype=str(self.dtype).removeprefix("torch."),
+            quantization=quantization,
+            bytes_per_s=self._bytes_per_s,
+            num_replays=self.plan.num_replays,
+        )
+        yield from case.measure(self.plan.forced_skips)
+        is_first = batch == self.plan.batches[0] and context == self.plan.contexts[0]
+        if is_first and has_if_nodes():
+            yield from self._guarded(f"IF nodes, {case.what}", lambda: self._measure_if_nodes(case))
+
+    def _measure_if_nodes(self, case: CaseBench) -> Iterator[Item]:
+        """In a second bench beside the case's."""
+        bench = case.bench
+        other = self._step_bench(bench.model, bench.batch, bench.context, IfNodeDecoder)
+        for count in (0, bench.num_layers // 4):
+            ms = other.forced([count] * bench.batch, self.plan.num_replays)
+            yield case.row_of_if_nodes(ms, count)
+
+    def _step_bench(
+        self,
+        model: LlamaModel,
+        batch: int,
+        context: int,
+        decoder_type: type[IfNodeDecoder] | None = None,
+    ) -> StepBench:
+        more = {} if decoder_type is None else {"decoder_type": decoder_type}
+        return StepBench(
+            model,
+            batch=batch,
+            context=context,
+            capture=self._make_capture(),
+            tiles=self._tiles,
+            **more,
+        )
+
+    def _compare(self, shape: str) -> Iterator[Item]:
+        plan = self.plan
+        batch, context = plan.batches[0], plan.contexts[0]
+        for is_static in (False, True):
+            policy = "transformers static" if is_static else "transformers eager"
+            yield from self._guarded(
+                f"{policy}, {shape}",
+                lambda s=is_static: measure_transformers(  # type: ignore[misc]
+                    shape, batch, context, self.device, self.dtype, is_static=s
+                ),
+                COMPILE_S if is_static else 0.0,
+            )
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _fits(model: LlamaModel, batch: int, context: int) -> bool:
@@ -135,101 +242,3 @@ def _fits(model: LlamaModel, batch: int, context: int) -> bool:
     ) * batch * (context + 64)  # fmt: skip
     torch.cuda.empty_cache()  # what the case before has left is free, but the driver does not know
     return needed < 0.9 * torch.cuda.mem_get_info(device)[0]
-
-
-def _measure_case(
-    make_bench: Callable[[], StepBench],
-    plan: Plan,
-    shape: str,
-    dtype: str,
-    quantization: Quantization,
-    bytes_per_s: float,
-) -> Iterator[GpuMeasurement | Told]:
-    bench = make_bench()  # here, so that its memory is free when the case ends, and if it fails
-    never_ms = bench.never(plan.num_replays)
-
-    def row(policy: GpuPolicy, ms: float, skipped: Sequence[int]) -> GpuMeasurement:
-        mean, joint = statistics.fmean(skipped), min(skipped)
-        ffn = bench.model.blocks[0].ffn
-        saved = joint * sum(
-            one.weight.numel() * one.weight.itemsize for one in (ffn.gate_up, ffn.down)
-        )
-        return GpuMeasurement(
-            model=shape,
-            device=str(bench.device),
-            dtype=dtype,
-            quantization=quantization,
-            policy=policy,
-            batch=bench.batch,
-            context=bench.context,
-            ms_per_step=ms,
-            tokens_per_s=bench.batch / ms * 1e3,
-            forced_skip=None if policy in ("never", "gate only") else mean,
-            ceiling_share=(bench.bytes_per_step - saved) / bytes_per_s / (ms / 1e3),
-            speedup_vs_never=never_ms / ms,
-            token_skip_ratio=mean / bench.num_layers,
-            weight_skip_ratio=joint / bench.num_layers,
-        )
-
-    nobody = [0] * bench.batch
-    yield row("never", never_ms, nobody)
-    yield row("gate only", bench.gate_alone(plan.num_replays), nobody)
-    counts = [k for k in plan.forced_skips if k <= bench.num_layers - max(1, bench.num_layers // 8)]
-    times = []
-    for count in counts:
-        skipped = [count] * bench.batch
-        times.append(bench.forced(skipped, plan.num_replays))
-        yield row("forced", times[-1], skipped)
-    if len(set(counts)) < 2:
-        return
-    fit = Fit.of(counts, times)
-    yield Told(
-        f"{shape}, {quantization}, batch {bench.batch}, context {bench.context}: "
-        f"ms = {fit.full_ms:.3f} - {fit.block_ms * 1e3:.1f} us x blocks skipped, off by "
-        f"{fit.max_residual_ms:.3f} ms at most"
-    )
-    if bench.batch > 1:
-        skipped = spread_triggers(bench.batch, max(counts))
-        ms = bench.forced(skipped, plan.num_replays)
-        yield row("mixed", ms, skipped)
-        yield Told(
-            f"rows that skip {min(skipped)} to {max(skipped)} blocks save "
-            f"{fit.full_ms - ms:.3f} ms; their {min(skipped)} common ones are worth "
-            f"{min(skipped) * fit.block_ms:.3f} ms"
-        )
-
-
-def _measure_transformers(
-    plan: Plan, shape: str, device: torch.device, dtype: torch.dtype
-) -> Iterator[GpuMeasurement | Told]:
-    """Its own random weights of the same shape: a step's time does not depend on them."""
-    from skipllm_core.bench.compare import TransformersModel
-
-    batch, context = plan.batches[0], plan.contexts[0]
-    with tempfile.TemporaryDirectory() as folder:
-        write_shape(shape, Path(folder))
-        peer = TransformersModel(Path(folder), dtype=dtype, device=device, is_dummy=True)
-    prompts = torch.randint(3, 1000, (batch, context)).tolist()
-    kinds: tuple[tuple[GpuPolicy, bool], ...] = (
-        ("transformers eager", False),
-        ("transformers static", True),
-    )
-    for policy, is_static in kinds:
-        try:
-            peer.decode(prompts, NUM_TRANSFORMERS_TOKENS, is_static=is_static)  # compiles
-            steps, _ = peer.decode(prompts, NUM_TRANSFORMERS_TOKENS, is_static=is_static)
-        except (RuntimeError, ConfigError) as error:
-            yield Told(f"{policy}: {str(error).splitlines()[0]}")
-            continue
-        ms = statistics.median(steps) * 1e3
-        yield GpuMeasurement(
-            model=shape,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            quantization="none",
-            policy=policy,
-            batch=batch,
-            context=context,
-            ms_per_step=ms,
-            tokens_per_s=batch / ms * 1e3,
-        )

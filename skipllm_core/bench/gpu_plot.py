@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from skipllm_core.bench.gpu import Fit
-from skipllm_core.bench.gpu_plan import GpuMeasurement
+from skipllm_core.bench.gpu_measurement import GpuMeasurement
 from skipllm_core.bench.plot import colors, dress, dress_speedups
 
 _MARKS = {
     "forced": ("o", "every row skips the same"),
-    "mixed": ("s", "rows differ"),
+    "ffn_skip": ("^", "by the rows' own similarities"),
+    "mixed": ("s", "rows trigger by chance"),
     "gate only": ("D", "the gate alone, nobody skips"),
 }
 
@@ -28,7 +29,7 @@ _MARKS = {
 def plot_steps(rows: Sequence[GpuMeasurement], path: Path, *, device_name: str) -> None:
     """Writes a PNG; a colour is a batch, in all pictures the same one."""
     rows = [row for row in rows if not row.policy.startswith("transformers")]
-    cases = list(dict.fromkeys((row.model, _weights(row), row.context) for row in rows))
+    cases = list(dict.fromkeys((row.model, row.weights, row.context) for row in rows))
     batches = sorted({row.batch for row in rows})
     color_of = dict(zip(batches, colors(), strict=False))
     figure = Figure(figsize=(11, 4.2 * len(cases)), layout="constrained")
@@ -41,7 +42,7 @@ def plot_steps(rows: Sequence[GpuMeasurement], path: Path, *, device_name: str) 
             found = [
                 row
                 for row in rows
-                if (row.model, _weights(row), row.context) == case and row.batch == batch
+                if (row.model, row.weights, row.context) == case and row.batch == batch
             ]
             if found:
                 _draw_times(left, found, color_of[batch])
@@ -56,13 +57,9 @@ def plot_steps(rows: Sequence[GpuMeasurement], path: Path, *, device_name: str) 
     figure.savefig(path, dpi=150, format="png")
 
 
-def _weights(row: GpuMeasurement) -> str:
-    return row.dtype if row.quantization == "none" else row.quantization
-
-
 def _draw_times(axes: Axes, found: Sequence[GpuMeasurement], color: str) -> None:
     forced = [row for row in found if row.policy == "forced"]
-    skipped = [row.forced_skip or 0.0 for row in forced]
+    skipped = [row.skipped_blocks or 0.0 for row in forced]
     label = f"batch {found[0].batch}"
     if len(set(skipped)) > 1:
         fit = Fit.of(skipped, [row.ms_per_step for row in forced])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import torch
@@ -216,14 +217,14 @@ def _packed(slot: int, seq: Sequence, rows: DeviceRows) -> list[int]:
         policy = RowPolicy.MASK
     elif skip_at(seq, first) is not None:
         policy = RowPolicy.FFN_SKIP
-    threshold = torch.tensor(skip.threshold, dtype=torch.float32).view(torch.int32)
+    (threshold,) = struct.unpack("=i", struct.pack("=f", skip.threshold))  # its bits
     table = seq.block_table
     return [
         slot,
         seq.token_ids[-1],
         seq.num_computed_tokens,
         policy,
-        int(threshold),
+        threshold,
         first,
         skip.cold_start,
         skip.cold_end,

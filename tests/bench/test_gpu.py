@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
-from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from server.cli import app
-from skipllm_core.bench import gpu, gpu_plan
-from skipllm_core.bench.gpu import Fit, StepBench, empty_kernel_us, linear_gb_per_s, spread_triggers
-from skipllm_core.bench.gpu_plan import GpuMeasurement, Plan, Told, measure_plan
-from skipllm_core.bench.gpu_report import draw, gpu_table
+from skipllm_core.bench import gpu, gpu_case, gpu_parts, gpu_plan
+from skipllm_core.bench.gpu import Fit, StepBench
+from skipllm_core.bench.gpu_measurement import GpuMeasurement, Told
+from skipllm_core.bench.gpu_parts import empty_kernel_us, linear_gb_per_s
+from skipllm_core.bench.gpu_plan import Plan, PlanBench
+from skipllm_core.bench.gpu_report import gpu_table
+from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
+from skipllm_core.bench.triggers import TriggerSpread
 from skipllm_core.kernels.gpu.linear import Tile
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
@@ -39,7 +38,10 @@ def tiles(num_rows: int, num_outputs: int, num_inputs: int) -> Tile:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaModel:
     monkeypatch.setattr(gpu, "NUM_ROUNDS", 1)
-    monkeypatch.setattr(gpu, "EMPTY_LAUNCHES", 2)
+    monkeypatch.setattr(gpu, "NUM_BISECTIONS", 4)
+    monkeypatch.setattr(gpu_parts, "EMPTY_LAUNCHES", 2)
+    monkeypatch.setattr(gpu_case, "MOST_VARYING_STEPS", 2)
+    monkeypatch.setattr(gpu_case, "LEAST_VARYING_STEPS", 2)
     write_config(tmp_path, num_hidden_layers=4)
     return load_model(tmp_path, device=CPU, dtype=torch.float32, load_format="dummy")
 
@@ -51,13 +53,22 @@ def test_the_fit_is_the_line_through_what_was_measured() -> None:
     assert fit.max_residual_ms == pytest.approx(0, abs=1e-9)
 
 
-def test_triggers_scatter_within_what_may_be_skipped_and_alike_every_time() -> None:
-    skipped = spread_triggers(64, 20)
-    assert skipped == spread_triggers(64, 20)
-    assert min(skipped) >= 0
-    assert max(skipped) <= 20
-    assert len(set(skipped)) > 3
-    assert 14 < sum(skipped) / 64 < 18
+def test_triggers_scatter_as_their_distribution_says_and_alike_every_time() -> None:
+    spread = TriggerSpread(8, 28)
+    steps = spread.draw(8, 4000)
+    assert steps == spread.draw(8, 4000)
+    for count in (0, 1, 6, 8, 11, 29):
+        share = sum(skipped >= count for step in steps for skipped in step) / 32000
+        assert share == pytest.approx(spread.at_least(count), abs=0.01)
+    saved = sum(map(min, steps)) / 4000
+    assert saved == pytest.approx(spread.expected_saved(8), abs=0.15)
+
+
+def test_a_batch_saves_less_than_a_row() -> None:
+    spread = TriggerSpread(8, 28)
+    saved = [spread.expected_saved(batch) for batch in (1, 8, 32)]
+    assert saved == pytest.approx([7.84, 4.4, 2.1], abs=0.2)
+    assert TriggerSpread(8, 4, never=0.0).expected_saved(1) == pytest.approx(4, abs=0.1)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -73,14 +84,95 @@ def test_forced_rows_skip_exactly_what_they_are_told(model: LlamaModel, batch: i
         assert bench.rows.logits.isfinite().all()
 
 
+class FakeGraph:
+    """Says who was captured behind a node, and whether the node would have run it."""
+
+    current: FakeGraph
+
+    def __init__(self) -> None:
+        FakeGraph.current = self
+        self.nodes: list[bool] = []
+        self.depth = 0
+
+    @staticmethod
+    def get_currently_capturing_graph() -> FakeGraph:
+        return FakeGraph.current
+
+    def begin_capture_to_if_node(self, condition: torch.Tensor) -> None:
+        assert (condition.dtype, condition.shape) == (torch.bool, ())
+        self.depth += 1
+        self.nodes.append(bool(condition))
+
+    def end_capture_to_conditional_node(self) -> None:
+        self.depth -= 1
+
+
+def test_an_if_node_stands_before_each_ffn_of_a_captured_step(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_if_nodes(), "torch without CUDA"
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert has_if_nodes()
+    settings = {"batch": 2, "context": 5, "capture": direct, "tiles": tiles}
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        plain = StepBench(model, **settings)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        bench = StepBench(model, **settings, decoder_type=IfNodeDecoder)  # type: ignore[arg-type]
+        graph = FakeGraph()
+        bench.forced([1, 2], 1)
+        assert graph.nodes == [], "not captured: predicated as ever"
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        bench._skip()
+        assert graph.nodes == [True, True, False, True]
+        assert graph.depth == 0
+        bench._stock()
+        assert len(graph.nodes) == 4, "nobody decides in a stock step"
+        bench._skip()
+        plain.forced([1, 2], 1)
+        assert torch.equal(bench.rows.logits, plain.rows.logits)
+
+
+def test_natural_thresholds_skip_about_what_is_asked_for(model: LlamaModel) -> None:
+    with torch.inference_mode():
+        bench = StepBench(model, batch=3, context=5, capture=direct, tiles=tiles)
+        ms, skipped = bench.natural(0.5, 1)
+        assert ms > 0
+        assert skipped == bench.rows.skipped.sum(dim=1).tolist()
+        assert sum(skipped) / 3 >= 0.5
+        assert bench.natural(1, 1)[1] == [1, 1, 1], "as many as there are"
+
+
+def test_steps_that_vary_each_have_their_own_mask(model: LlamaModel) -> None:
+    with torch.inference_mode():
+        bench = StepBench(model, batch=2, context=5, capture=direct, tiles=tiles)
+        seen: list[list[int]] = []
+        skip = bench._skip
+
+        def spy() -> None:
+            skip()
+            seen.append(bench.rows.skipped.sum(dim=1).tolist())
+
+        bench._skip = spy
+        assert bench.varying([[1, 0], [2, 3]]) > 0
+        assert seen[-2:] == [[1, 0], [2, 3]]
+
+
 def test_linears_and_the_empty_kernel_are_timed(model: LlamaModel) -> None:
     with torch.inference_mode():
-        found = linear_gb_per_s(model, 2, direct)
-        assert found.keys() == {"qkv", "o", "gate_up", "down"}
+        found = linear_gb_per_s(model, 2, direct, tiles)
+        assert found.keys() == {"qkv", "o", "gate_up", "down", "head"}
         assert min(found.values()) > 0
-        assert empty_kernel_us(model, 1, direct) > 0
+        assert empty_kernel_us(model, 1, direct, tiles) > 0
 
 
+def plan_bench(plan: Plan, **more: Any) -> PlanBench:
+    settings = {"make_capture": lambda: direct, "tiles": tiles, "bytes_per_s": 1e9}
+    return PlanBench(plan, device=CPU, dtype=torch.float32, **settings | more)
+
+
+@torch.inference_mode()
 def test_the_plan_measures_every_case_and_tells_what_it_left_out(
     model: LlamaModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,56 +182,112 @@ def test_the_plan_measures_every_case_and_tells_what_it_left_out(
         batches=[2],
         contexts=[3],
         forced_skips=[0, 2, 99],
-        budget_s=1.5,
+        budget_s=3.5,
         num_replays=1,
     )
     clock = itertools.count()  # a second for each look at it: one case, and no more
-    found = list(
-        measure_plan(
-            plan,
-            device=CPU,
-            dtype=torch.float32,
-            bytes_per_s=1e9,
-            make_capture=lambda: direct,
-            clock=lambda: float(next(clock)),
-            tiles=tiles,
-        )
-    )
+    found = list(plan_bench(plan, clock=lambda: float(next(clock))).items())
     rows = [item for item in found if isinstance(item, GpuMeasurement)]
-    told = [item.text for item in found if isinstance(item, Told)]
-    assert [row.policy for row in rows] == ["never", "gate only", "forced", "forced", "mixed"]
-    assert [row.forced_skip for row in rows[:4]] == [None, None, 0, 2]
+    told = [item for item in found if isinstance(item, Told)]
+    policies = ["never", "gate only", "forced", "forced", "ffn_skip", "mixed"]
+    assert [row.policy for row in rows] == policies
+    assert [row.skipped_blocks for row in rows[:4]] == [None, None, 0, 2]
     assert rows[3].token_skip_ratio == rows[3].weight_skip_ratio == 0.5
     assert rows[0].speedup_vs_never == 1.0
-    assert any("blocks skipped, off by" in text for text in told)
-    assert gpu_table(rows).row_count == 5
-    assert told[-1] == "left out, as the time is used up: llama-2-7b, none, batch 2, context 3"
+    fit = next(item.facts for item in told if "fit" in item.facts)
+    saved = TriggerSpread(1, 3).expected_saved(2)
+    assert rows[5].expected_saved_ms == pytest.approx(saved * float(fit["block_ms"]))
+    assert rows[5].saved_ms is not None
+    assert any("E[blocks saved]" in item.text for item in told)
+    linears = [item.facts for item in told if "linears_gb_per_s" in item.facts]
+    assert [facts["num_rows"] for facts in linears] == [2]
+    assert any("empty_kernel" in item.facts for item in told)
+    assert "torch 2" in told[0].text
+    assert "no CUDA IF nodes" in told[0].text
+    assert gpu_table(rows).row_count == 1
+    assert told[-1].text == "left out, as the time is used up: llama-2-7b, none"
 
 
-def test_a_case_that_runs_out_of_memory_is_left_out_and_the_next_is_measured(
-    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory does not suffice: "),
+        (RuntimeError("CUDA error: invalid\nmore"), "it failed: "),
+        (KeyError("tile"), "it failed: "),
+    ],
+)
+@torch.inference_mode()
+def test_a_case_that_fails_is_told_and_the_next_is_measured(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def make(model: LlamaModel, **settings: Any) -> StepBench:
         if settings["batch"] == 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return StepBench(model, **settings)
 
     monkeypatch.setattr(gpu_plan, "load_shape", lambda *_: model)
     monkeypatch.setattr(gpu_plan, "StepBench", make)
+    monkeypatch.setattr(PlanBench, "_measure_linears", lambda *_: iter(()))
     plan = Plan(shapes=["163m"], batches=[4, 1], contexts=[3], forced_skips=[0], num_replays=1)
-    found = list(
-        measure_plan(
-            plan,
-            device=CPU,
-            dtype=torch.float32,
-            bytes_per_s=1e9,
-            make_capture=lambda: direct,
-            tiles=tiles,
-        )
-    )
-    left_out = "left out, as the memory does not suffice: 163m, none, batch 4, context 3"
-    assert found[0] == Told(left_out)
+    found = list(plan_bench(plan).items())[1:]
+    assert isinstance(found[0], Told)
+    left_out = f"left out, as {reason}163m, none, batch 4, context 3"
+    assert found[0].text.startswith(left_out)
+    assert "more" not in found[0].text
     assert {row.batch for row in found[1:] if isinstance(row, GpuMeasurement)} == {1}
+
+
+def test_a_device_that_answers_no_more_ends_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_plan, "load_shape", fail)
+    monkeypatch.setattr(gpu_plan, "synchronize", fail)
+    plan = Plan(shapes=["163m", "llama-2-7b"], batches=[1], contexts=[3], forced_skips=[0])
+    told = [item.text for item in plan_bench(plan).items() if isinstance(item, Told)]
+    assert len(told) == 3
+    assert told[1].startswith("left out, as it failed: 163m, none: RuntimeError: CUDA error")
+    assert "does not answer" in told[2]
+
+
+def test_what_fails_in_transformers_is_told(
+    monkeypatch: pytest.MonkeyPatch, model: LlamaModel
+) -> None:
+    def fail(*_: Any, is_static: bool) -> Any:
+        raise ImportError("no such cache" if is_static else "no such model")
+
+    monkeypatch.setattr(gpu_plan, "measure_transformers", fail)
+    monkeypatch.setattr(PlanBench, "_measure_model", lambda *_: iter(()))
+    plan = Plan(shapes=["163m"], batches=[1], contexts=[3], forced_skips=[0], compare=True)
+    told = [item.text for item in plan_bench(plan).items() if isinstance(item, Told)]
+    assert told[1].endswith("transformers eager, 163m: ImportError: no such model")
+    assert told[2].endswith("transformers static, 163m: ImportError: no such cache")
+
+
+def test_what_is_compiled_long_is_not_begun_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(
+        gpu_plan, "measure_transformers", lambda *_, is_static: begun.append(is_static) or []
+    )
+    monkeypatch.setattr(PlanBench, "_measure_model", lambda *_: iter(()))
+    plan = Plan(shapes=["163m"], batches=[1], contexts=[3], forced_skips=[0], compare=True)
+    clock = iter([0.0, 440.0, 440.0, 440.0])  # of 480 s
+    told = list(plan_bench(plan, clock=lambda: next(clock)).items())
+    assert begun == [False]
+    last = told[-1]
+    assert isinstance(last, Told)
+    assert last.text == "left out, as the time is used up: transformers static, 163m"
+
+
+def test_the_bandwidth_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_plan, "copy_bytes_per_s", lambda _: 4e12)
+    speeds = SimpleNamespace(bytes_per_s=3e12)
+    monkeypatch.setattr(gpu_plan, "measure_read_bandwidth", lambda _: speeds)
+    plan = Plan(shapes=[], batches=[1], contexts=[3], forced_skips=[0])
+    first = next(iter(plan_bench(plan, bytes_per_s=None).items()))
+    assert isinstance(first, Told)
+    assert first.text == "memory: copies 4000 GB/s, reads 3000 GB/s"
+    assert first.facts == {"copy_bytes_per_s": 4e12, "read_bytes_per_s": 3e12}
 
 
 def test_memory_that_the_last_case_has_left_counts_as_free(
@@ -156,67 +304,3 @@ def test_memory_that_the_last_case_has_left_counts_as_free(
     token_bytes = 4 * 2 * 2 * 12 * 4  # layers, K and V, heads, head_dim, float32
     assert gpu_plan._fits(on_cuda, 64, 50 * gib // token_bytes // 64)  # type: ignore[arg-type]
     assert not gpu_plan._fits(on_cuda, 64, gib // 64 * 60 // token_bytes)  # type: ignore[arg-type]
-
-
-def made_up_rows() -> list[GpuMeasurement]:
-    def row(policy: Any, batch: int, skipped: float | None, ms: float, **more: Any) -> Any:
-        return GpuMeasurement(
-            model="llama-2-7b",
-            device="cuda:0",
-            dtype="bfloat16",
-            policy=policy,
-            batch=batch,
-            forced_skip=skipped,
-            ms_per_step=ms,
-            tokens_per_s=batch / ms * 1e3,
-            speedup_vs_never=3.5 / ms,
-            token_skip_ratio=(skipped or 0) / 32,
-            **{"quantization": "none", "context": 512} | more,
-        )
-
-    rows = [row("never", 1, None, 3.5), row("gate only", 1, None, 3.55)]
-    rows += [row("forced", 1, k, 3.5 - 0.06 * k) for k in (0, 4, 8, 10)]
-    rows += [row("forced", 8, k, 4.0 - 0.055 * k) for k in (0, 8)]
-    rows += [row("mixed", 8, 6.5, 3.8)]
-    rows += [row("forced", 1, k, 2.2 - 0.03 * k, quantization="int8") for k in (0, 8)]
-    return [*rows, row("transformers eager", 1, None, 28.0)]
-
-
-def test_the_plot_has_a_fit_per_batch_and_speedups_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
-    )
-    path = tmp_path / "steps.png"
-    console = Console(file=io.StringIO())
-    draw(made_up_rows(), path, "NVIDIA H200", console)
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    (figure,) = figures
-    times, speedups, int8_times, _ = figure.axes
-    assert times.get_title(loc="left") == "llama-2-7b, bfloat16, context 512"
-    assert int8_times.get_title(loc="left") == "llama-2-7b, int8, context 512"
-    labels = [text.get_text() for text in times.get_legend().get_texts()]
-    assert labels == ["batch 1: 3.500 ms - 60.0 us k", "batch 8: 4.000 ms - 55.0 us k"]
-    (fit, points) = times.get_lines()[:2]
-    assert list(fit.get_xdata()) == [0, 10]
-    assert list(fit.get_ydata()) == pytest.approx([3.5, 2.9])
-    assert list(points.get_ydata()) == pytest.approx([3.5, 3.26, 3.02, 2.9])
-    marks = {line.get_marker(): list(line.get_ydata()) for line in speedups.get_lines()[:4]}
-    assert marks["D"] == pytest.approx([3.5 / 3.55])
-    assert marks["s"] == pytest.approx([3.5 / 3.8])
-
-
-def test_without_a_forced_skip_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
-    draw(made_up_rows()[:2], tmp_path / "steps.png", "NVIDIA H200", console)
-    assert not (tmp_path / "steps.png").exists()
-    assert "is not written: no forced skip was measured" in console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_a_plot_that_cannot_be_written_is_told_before_anything_is_measured() -> None:
-    result = CliRunner().invoke(app, ["bench", "gpu", "--plot", "/nowhere/at/all.png"])
-    assert result.exit_code != 0
-    assert "cannot write /nowhere/at/all.png" in result.output

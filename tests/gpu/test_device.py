@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from skipllm_core.bench.gpu import StepBench
+from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
+from skipllm_core.kernels.gpu.decoder import GpuDecoder
+from skipllm_core.model.loader import load_model
+from skipllm_core.runner.gpu_runner import GpuModelRunner
+from skipllm_core.runner.graphs import Capture, CudaCapture, direct
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.types import SamplingParams, SkipParams
+from skipllm_core.types import SamplingParams, SeqOutput, SkipParams
 from skipllm_core.worker import build_engine
 from tests.runner.tiny import engine_config, skipped, text, write_config
 
@@ -20,9 +28,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SKIP = SkipParams(
-    policy="ffn_skip", threshold=0.9, warmup_tokens=2, cold_start=1, cold_end=5, trace=True
-)
+SKIPS = [
+    SkipParams(),
+    SkipParams(policy="ffn_skip", threshold=0.9, warmup_tokens=2, cold_start=1, cold_end=5),
+    SkipParams(policy="static", layers=(2, 4), warmup_tokens=3),
+    SkipParams(policy="random", probability=0.5, warmup_tokens=0, cold_start=1, cold_end=5),
+    SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=1, cold_end=6, max_skips=2),
+]
 
 
 def config_for(tmp_path: Path, **changes: object) -> EngineConfig:
@@ -51,15 +63,50 @@ def serve(engine: Engine, requests):  # type: ignore[no-untyped-def]
 def requests(max_tokens: int) -> list[tuple[list[int], SamplingParams]]:
     greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     return [
-        ([5 + n, 9, 40 + n], replace(greedy, skip=SKIP if n % 2 else SkipParams()))
-        for n in range(5)
+        ([5 + n, 9, 40 + n], replace(greedy, skip=replace(skip, trace=True)))
+        for n, skip in enumerate(SKIPS)
     ]
 
 
+def serve_with(capture: Capture, config: EngineConfig) -> list[list[SeqOutput]]:
+    runner = GpuModelRunner(config, GpuDecoder, lambda: capture)
+    return serve(Engine(runner, config, runner.max_model_len), requests(100))
+
+
+def test_a_replay_is_what_its_launches_are_bit_for_bit(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    replayed, launched = (serve_with(capture, config) for capture in (CudaCapture(), direct))
+    assert list(map(text, replayed)) == list(map(text, launched))
+    assert list(map(skipped, replayed)) == list(map(skipped, launched))
+    assert all(map(any, map(skipped, replayed[1:]))), "every policy but the first skips"
+
+
+@pytest.mark.skipif(not has_if_nodes(), reason="torch before 2.12 captures no IF nodes")
+@torch.inference_mode()
+def test_if_nodes_skip_what_predication_skips(tmp_path: Path) -> None:
+    write_config(tmp_path, hidden_size=256, intermediate_size=512)
+    device = torch.device("cuda", 0)
+    model = load_model(tmp_path, device=device, dtype=torch.float32, load_format="dummy")
+    logits = []
+    for decoder_type in (GpuDecoder, IfNodeDecoder):
+        torch.manual_seed(0)
+        bench = StepBench(
+            model, batch=3, context=40, capture=CudaCapture(), decoder_type=decoder_type
+        )
+        for skips in ([0, 0, 0], [4, 2, 1], [4, 4, 4]):
+            bench.forced(skips, 1)
+            assert bench.rows.skipped.sum(dim=1).tolist() == skips
+            logits.append(bench.rows.logits.clone())
+    for predicated, behind_nodes in zip(logits[:3], logits[3:], strict=True):
+        assert torch.equal(predicated, behind_nodes)
+
+
 def test_graphs_say_what_torch_alone_says_for_a_thousand_steps(tmp_path: Path) -> None:
-    by_graphs = serve(build_engine(config_for(tmp_path)), requests(1000))
+    engine = build_engine(config_for(tmp_path))
+    assert isinstance(engine._runner, GpuModelRunner), "else torch is compared with itself"
+    by_graphs = serve(engine, requests(1000))
     eager = build_engine(config_for(tmp_path, enforce_eager=True))
-    assert isinstance(eager._runner, TorchModelRunner)
+    assert type(eager._runner) is TorchModelRunner
     by_torch = serve(eager, requests(1000))
     # Rounding may flip a choice of random weights; what comes after one is another text.
     for mine, theirs in zip(by_graphs, by_torch, strict=True):

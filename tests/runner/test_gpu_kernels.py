@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from skipllm_core.runner.model_runner import resolve_device
 from skipllm_core.worker import gpu_kernels
 from tests.runner.tiny import engine_config
 
@@ -41,3 +43,11 @@ def test_fp8_weights_need_a_device_that_knows_them(
     assert gpu_kernels(engine_config(tmp_path)) is not None
     fp8 = engine_config(tmp_path, quantization="fp8")
     assert (gpu_kernels(fp8) is not None) is has_kernels
+
+
+@pytest.mark.parametrize(("has_cuda", "device"), [(True, "cuda"), (False, "cpu")])
+def test_cuda_is_picked_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert resolve_device("auto").type == device

@@ -13,13 +13,14 @@ import torch
 from skipllm_core.config import Consensus, EngineConfig
 from skipllm_core.engine.runner import LateModelRunner
 from skipllm_core.errors import ConfigError
-from skipllm_core.runner import gpu_runner
+from skipllm_core.runner import device_sampler, gpu_runner
 from skipllm_core.runner.gpu_runner import GpuModelRunner
 from skipllm_core.runner.graphs import Launch, buckets, direct
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.runner.slots import Slots
 from skipllm_core.sequence import Sequence
 from skipllm_core.types import SamplingParams, SeqOutput, SkipParams
+from tests.runner.operators import WAITING, Operators
 from tests.runner.reference_decoder import ReferenceDecoder
 from tests.runner.tiny import (
     BLOCK_BYTES,
@@ -146,6 +147,33 @@ def test_memory_that_runs_out_is_told_with_what_to_lower(tmp_path: Path) -> None
         GpuModelRunner(config, make, lambda: direct)
 
 
+def test_no_launch_waits_for_the_device_whoever_comes_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NullDecoder(ReferenceDecoder):
+        def step(self, num_rows: int, *, can_skip: bool) -> None:
+            self.rows.logits.zero_()
+
+    config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=4)
+    runner = GpuModelRunner(config, NullDecoder, lambda: direct)
+    # In Triton's interpreter a kernel is no operator of the device.
+    monkeypatch.setattr(device_sampler, "exponentials", lambda *_: None)
+    found: set[str] = set()
+    launch = runner._launch_decode
+
+    def watch(batch: Any) -> Any:
+        with Operators() as operators:
+            read = launch(batch)
+        found.update(operators.names)
+        return read
+
+    monkeypatch.setattr(runner, "_launch_decode", watch)
+    outputs = generate(runner, config, requests(12))  # more than rows: they take turns
+    assert all(out[-1].finish_reason in ("length", "stop") for out in outputs)
+    assert found >= {"index_copy_", "copy_", "argmax"}
+    assert not found & WAITING
+
+
 def test_a_launch_that_fails_leaves_no_row_behind(tmp_path: Path) -> None:
     config = engine_config(write_config(tmp_path), enforce_eager=True)
     runner = GpuModelRunner(config, ReferenceDecoder, lambda: direct)
@@ -220,8 +248,11 @@ def test_slots_stay_dense_and_a_state_follows_its_sequence(seed: int) -> None:
 def short_requests() -> list[tuple[list[int], SamplingParams]]:
     """As `requests`, but the interpreter takes a second for a step."""
     return [
-        (prompt[:6], replace(params, max_tokens=4 + n, skip=replace(params.skip, warmup_tokens=1)))
-        for n, (prompt, params) in enumerate(requests(4))
+        (
+            prompt[:6],
+            replace(params, max_tokens=4 + n % 3, skip=replace(params.skip, warmup_tokens=n % 3)),
+        )
+        for n, (prompt, params) in enumerate(requests(len(SKIPS)))
     ]
 
 

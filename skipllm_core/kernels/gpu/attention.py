@@ -20,6 +20,10 @@ from skipllm_core.kernels.gpu.linear import NUM_PROGRAMS
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.llama import Attention
 
+# Of the keys that a program loads at once: several of these wait in shared memory, of which smaller
+# GPUs have 99 KiB for a program.
+TILE_BYTES = 2**15
+
 
 @triton.jit
 def _split_bounds(position, window, split, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
@@ -116,12 +120,13 @@ def _attend(
         k1 = tl.load(key_ptr + half, mask=is_half, other=0.0).to(tl.float32)
         k2 = tl.load(key_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
         if HAS_NORM:
-            squares = tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0)
+            # Names of their own: a name keeps its shape, also from one branch to another.
+            key_squares = tl.sum(k1 * k1, 0) + tl.sum(k2 * k2, 0)
             norm_ptr = qk_norm_ptr + (NUM_HEADS + kv_head) * D
-            w1 = tl.load(norm_ptr + half, mask=is_half, other=0.0).to(tl.float32)
-            w2 = tl.load(norm_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
-            k1 = _normed_half(k1, squares, w1, D, eps, dtype)
-            k2 = _normed_half(k2, squares, w2, D, eps, dtype)
+            norm1 = tl.load(norm_ptr + half, mask=is_half, other=0.0).to(tl.float32)
+            norm2 = tl.load(norm_ptr + HALF + half, mask=is_half, other=0.0).to(tl.float32)
+            k1 = _normed_half(k1, key_squares, norm1, D, eps, dtype)
+            k2 = _normed_half(k2, key_squares, norm2, D, eps, dtype)
         new1 = (k1 * cos - k2 * sin).to(dtype)
         new2 = (k2 * cos + k1 * sin).to(dtype)
         value_ptr = heads_ptr + (NUM_HEADS + NUM_KV_HEADS + kv_head) * D
@@ -232,6 +237,7 @@ def attend(
     norm = attention.qk_norm
     window = attention.window or 0
     num_splits = scratch.num_splits(num_rows)
+    d_pad = max(16, triton.next_power_of_2(head_dim))
     _attend[(num_rows, num_kv_heads, num_splits)](
         qkv,
         qkv if norm is None else norm.weight,
@@ -257,8 +263,8 @@ def attend(
         MIN_SPLIT=scratch.min_split,
         GROUP_PAD=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         HALF_PAD=max(16, triton.next_power_of_2(head_dim // 2)),
-        D_PAD=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_T=min(64, scratch.min_split),
+        D_PAD=d_pad,
+        BLOCK_T=min(64, scratch.min_split, max(16, TILE_BYTES // (d_pad * keys.itemsize))),
         num_warps=4,
     )
     _merge[(num_rows, num_heads)](
@@ -272,6 +278,6 @@ def attend(
         D=head_dim,
         SPLITS=num_splits,
         MIN_SPLIT=scratch.min_split,
-        D_PAD=max(16, triton.next_power_of_2(head_dim)),
+        D_PAD=d_pad,
         num_warps=1,
     )

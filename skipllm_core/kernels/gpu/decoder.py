@@ -103,25 +103,7 @@ class GpuDecoder:
         for layer, layer_block in enumerate(self._model.blocks):
             self._attend(layer, layer_block, num_rows, can_skip)
             run = self._state.runs[layer] if can_skip else None
-            gate_up(
-                self._h,
-                layer_block.norm2,
-                layer_block.ffn.gate_up,
-                self._act,
-                num_rows,
-                run=run,
-                tiles=self._tiles,
-            )
-            linear(
-                self._act,
-                layer_block.ffn.down,
-                self._h,
-                num_rows,
-                is_residual=True,
-                run=run,
-                parts=self._parts,
-                tiles=self._tiles,
-            )
+            self._feed_forward(layer_block, num_rows, run)
         head, norm = self._model.lm_head, self._model.norm
         linear(self._h, head, rows.logits, num_rows, norm=norm, tiles=self._tiles)
         tell(rows, self._state, num_rows, can_skip=can_skip)
@@ -159,6 +141,28 @@ class GpuDecoder:
             num_rows,
             is_residual=True,
             before=state.before if can_skip else None,
+            parts=self._parts,
+            tiles=self._tiles,
+        )
+
+    def _feed_forward(self, block: Block, num_rows: int, run: torch.Tensor | None) -> None:
+        """`run` as the linears have it: the rows of 0 keep their residual."""
+        gate_up(
+            self._h,
+            block.norm2,
+            block.ffn.gate_up,
+            self._act,
+            num_rows,
+            run=run,
+            tiles=self._tiles,
+        )
+        linear(
+            self._act,
+            block.ffn.down,
+            self._h,
+            num_rows,
+            is_residual=True,
+            run=run,
             parts=self._parts,
             tiles=self._tiles,
         )

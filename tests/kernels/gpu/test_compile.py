@@ -23,6 +23,7 @@ from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.device_sampler import DeviceSampler, SamplingKind
 from skipllm_core.runner.kv_cache import KVCache
+from tests.runner.tiny import write_config
 
 
 class Hopper:  # what the compiler asks of a driver
@@ -47,22 +48,33 @@ def compile_instead(kernel, grid):
 
 JITFunction.__getitem__ = compile_instead
 cpu, dtype = torch.device("cpu"), getattr(torch, sys.argv[3])
-model = load_model(
-    Path(sys.argv[1]),
-    device=cpu,
-    dtype=dtype,
-    load_format="dummy",
-    quantization=sys.argv[2],
-)
-cache = KVCache(model.config, num_blocks=32, block_size=16, dtype=dtype, device=cpu)
-rows = DeviceRows(
-    max_num_rows=256, max_blocks=16, num_layers=model.config.num_layers, vocab_size=512, device=cpu
-)
-for num_rows in (1, 256):
-    GpuDecoder(model, cache, rows).step(num_rows, can_skip=False)
-    GpuDecoder(model, cache, rows, consensus=True).step(num_rows, can_skip=True)
-    GpuDecoder(model, cache, rows).step(num_rows, can_skip=True)
+
+
+def decoders(rows, **changes):
+    write_config(Path(sys.argv[1]), hidden_size=256, intermediate_size=8448, **changes)
+    model = load_model(
+        Path(sys.argv[1]),
+        device=cpu,
+        dtype=dtype,
+        load_format="dummy",
+        quantization=sys.argv[2],
+    )
+    cache = KVCache(model.config, num_blocks=32, block_size=16, dtype=dtype, device=cpu)
+    return [GpuDecoder(model, cache, rows, consensus=joint) for joint in (False, True)]
+
+
+rows = DeviceRows(max_num_rows=256, max_blocks=16, num_layers=2, vocab_size=512, device=cpu)
+alone, joint = decoders(rows, num_hidden_layers=2)
+for num_rows in (1, 2, 32, 256):  # one for each height of the tiles
+    alone.step(num_rows, can_skip=False)
+    joint.step(num_rows, can_skip=True)
+    alone.step(num_rows, can_skip=True)
     DeviceSampler(rows).step(num_rows, SamplingKind.DRAW)
+for head_dim in (64, 96, 128, 256):
+    for family in ("llama", "qwen3"):  # whose heads are normed
+        changes = {"model_type": family, "head_dim": head_dim, "num_hidden_layers": 1}
+        architecture = {"architectures": [f"{family.capitalize()}ForCausalLM"]}
+        decoders(rows, **changes, **architecture)[0].step(1, can_skip=False)
 print(*sorted(names))
 """
 
@@ -70,14 +82,17 @@ print(*sorted(names))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "dtype"),
-    [("none", "bfloat16"), ("int8", "bfloat16"), ("fp8", "bfloat16"), ("none", "float32")],
+    [
+        ("none", "bfloat16"),
+        ("int8", "bfloat16"),
+        ("fp8", "bfloat16"),
+        ("none", "float16"),
+        ("none", "float32"),
+    ],
 )
 def test_every_kernel_of_a_step_compiles_for_hopper_and_has_room_there(
     quantization: str, dtype: str, tmp_path: Path
 ) -> None:
-    from tests.runner.tiny import write_config
-
-    write_config(tmp_path, hidden_size=256, intermediate_size=8448, num_hidden_layers=2)
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), quantization, dtype],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
