@@ -30,11 +30,11 @@ def draw_profile(profile: SkipProfile, path: Path) -> None:
             color="tab:blue",
             alpha=alpha,
             lw=0,
-            label=f"percentiles {high[1:]} to {low[1:]}",
+            label=f"percentiles {int(high[1:])} to {int(low[1:])}",
         )
     left.plot(layers, [max(floor, 1 - layer.mean) for layer in curves], "o-", ms=3, label="mean")
     for start, end, label in (
-        (0, profile.cold_start, "cold regions at 25 %"),
+        (0, profile.cold_start + 1, "cold regions at 25 %"),
         (profile.cold_end, profile.num_layers, None),
     ):
         left.axvspan(start - 0.5, end - 0.5, color="grey", alpha=0.25, lw=0, label=label)
