@@ -69,8 +69,8 @@ def gpu(
         kinds = names("--quantization", quantization, _QUANTIZATIONS)
         check_surroundings(compare, plot, json_file)
 
-        from skipllm_core.bench.gpu_plan import Plan
-        from skipllm_core.bench.gpu_report import run_plan
+        from skipllm_core.bench.gpu.plan import Plan
+        from skipllm_core.bench.gpu.report import run_plan
 
         plan = Plan(
             shapes=shape_names,

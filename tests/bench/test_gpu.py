@@ -12,14 +12,17 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from skipllm_core.bench import gpu, gpu_case, gpu_parts, gpu_plan
-from skipllm_core.bench.gpu import Fit, StepBench
-from skipllm_core.bench.gpu_measurement import GpuMeasurement, Told
-from skipllm_core.bench.gpu_parts import empty_kernel_us, linear_gb_per_s
-from skipllm_core.bench.gpu_plan import Plan, PlanBench
-from skipllm_core.bench.gpu_report import gpu_table
-from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
-from skipllm_core.bench.triggers import TriggerSpread
+from skipllm_core.bench.gpu import case as gpu_case
+from skipllm_core.bench.gpu import parts as gpu_parts
+from skipllm_core.bench.gpu import plan as gpu_plan
+from skipllm_core.bench.gpu import steps
+from skipllm_core.bench.gpu.if_nodes import IfNodeDecoder, has_if_nodes
+from skipllm_core.bench.gpu.measurement import GpuMeasurement, Told
+from skipllm_core.bench.gpu.parts import empty_kernel_us, linear_gb_per_s
+from skipllm_core.bench.gpu.plan import Plan, PlanBench
+from skipllm_core.bench.gpu.report import gpu_table
+from skipllm_core.bench.gpu.steps import Fit, StepBench
+from skipllm_core.bench.gpu.triggers import TriggerSpread
 from skipllm_core.kernels.gpu.linear import Tile
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
@@ -37,8 +40,8 @@ def tiles(num_rows: int, num_outputs: int, num_inputs: int) -> Tile:
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaModel:
-    monkeypatch.setattr(gpu, "NUM_ROUNDS", 1)
-    monkeypatch.setattr(gpu, "NUM_BISECTIONS", 4)
+    monkeypatch.setattr(steps, "NUM_ROUNDS", 1)
+    monkeypatch.setattr(steps, "NUM_BISECTIONS", 4)
     monkeypatch.setattr(gpu_parts, "EMPTY_LAUNCHES", 2)
     monkeypatch.setattr(gpu_case, "MOST_VARYING_STEPS", 2)
     monkeypatch.setattr(gpu_case, "LEAST_VARYING_STEPS", 2)

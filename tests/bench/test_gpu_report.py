@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from server.cli import app
-from skipllm_core.bench import gpu_report
-from skipllm_core.bench.gpu_measurement import GpuMeasurement, Told
-from skipllm_core.bench.gpu_plan import Plan
-from skipllm_core.bench.gpu_report import draw, report
-from skipllm_core.bench.gpu_targets import targets
+from skipllm_core.bench.gpu import report as gpu_report
+from skipllm_core.bench.gpu.measurement import GpuMeasurement, Told
+from skipllm_core.bench.gpu.plan import Plan
+from skipllm_core.bench.gpu.report import draw, report
+from skipllm_core.bench.gpu.targets import targets
 
 
 def made_up_rows() -> list[GpuMeasurement]:

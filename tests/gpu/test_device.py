@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from skipllm_core.bench.gpu import StepBench
-from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
+from skipllm_core.bench.gpu.if_nodes import IfNodeDecoder, has_if_nodes
+from skipllm_core.bench.gpu.steps import StepBench
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
 from skipllm_core.kernels.gpu.decoder import GpuDecoder

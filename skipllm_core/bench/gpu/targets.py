@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from skipllm_core.bench.gpu import Fit
-from skipllm_core.bench.gpu_measurement import GpuMeasurement, GpuPolicy
+from skipllm_core.bench.gpu.measurement import GpuMeasurement, GpuPolicy
+from skipllm_core.bench.gpu.steps import Fit
 
 SHAPE, CONTEXT, NUM_LAYERS = "llama-2-7b", 512, 32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from skipllm_core.bench.gpu_measurement import GpuMeasurement, Item
+from skipllm_core.bench.gpu.measurement import GpuMeasurement, Item
 from skipllm_core.bench.shapes import write_shape
 
 NUM_TOKENS = 24

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from skipllm_core.bench.gpu import milliseconds
+from skipllm_core.bench.gpu.steps import milliseconds
 from skipllm_core.kernels.gpu.linear import Tiles, gate_up, linear, parts_for, tile_for
 from skipllm_core.model.llama import Block, LlamaModel
 from skipllm_core.runner.graphs import Capture, Launch

@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from skipllm_core.bench.gpu import Fit
-from skipllm_core.bench.gpu_measurement import GpuMeasurement, GpuPolicy, Item
-from skipllm_core.bench.gpu_plan import Plan, PlanBench
-from skipllm_core.bench.gpu_targets import targets
+from skipllm_core.bench.gpu.measurement import GpuMeasurement, GpuPolicy, Item
+from skipllm_core.bench.gpu.plan import Plan, PlanBench
+from skipllm_core.bench.gpu.steps import Fit
+from skipllm_core.bench.gpu.targets import targets
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.graphs import CudaCapture
 
@@ -86,7 +86,7 @@ def report(
 
 def draw(rows: Sequence[GpuMeasurement], path: Path, device_name: str, console: Console) -> None:
     """The plot, if there is something to plot."""
-    from skipllm_core.bench.gpu_plot import plot_steps
+    from skipllm_core.bench.gpu.plot import plot_steps
 
     if not any(row.policy == "forced" for row in rows):
         console.print(f"{path} is not written: no forced skip was measured", soft_wrap=True)

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from skipllm_core.bench.gpu import Fit
-from skipllm_core.bench.gpu_measurement import GpuMeasurement
+from skipllm_core.bench.gpu.measurement import GpuMeasurement
+from skipllm_core.bench.gpu.steps import Fit
 from skipllm_core.bench.plot import colors, dress, dress_speedups
 
 _MARKS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from skipllm_core.bench.gpu import Fit, StepBench
-from skipllm_core.bench.gpu_measurement import GpuMeasurement, GpuPolicy, Item, Told
-from skipllm_core.bench.triggers import TriggerSpread
+from skipllm_core.bench.gpu.measurement import GpuMeasurement, GpuPolicy, Item, Told
+from skipllm_core.bench.gpu.steps import Fit, StepBench
+from skipllm_core.bench.gpu.triggers import TriggerSpread
 
 NATURAL_SHARE = 0.25  # of the blocks that rows are to skip by their own similarities
 VARYING_MS = 800.0  # about, for the steps of rows that trigger by chance

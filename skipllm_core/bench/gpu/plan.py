@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from skipllm_core.bench.bandwidth import measure_read_bandwidth, synchronize
-from skipllm_core.bench.gpu import StepBench
-from skipllm_core.bench.gpu_case import CaseBench
-from skipllm_core.bench.gpu_measurement import Item, Told
-from skipllm_core.bench.gpu_parts import copy_bytes_per_s, empty_kernel_us, linear_gb_per_s
-from skipllm_core.bench.gpu_peer import measure_transformers
-from skipllm_core.bench.if_nodes import IfNodeDecoder, has_if_nodes
+from skipllm_core.bench.gpu.case import CaseBench
+from skipllm_core.bench.gpu.if_nodes import IfNodeDecoder, has_if_nodes
+from skipllm_core.bench.gpu.measurement import Item, Told
+from skipllm_core.bench.gpu.parts import copy_bytes_per_s, empty_kernel_us, linear_gb_per_s
+from skipllm_core.bench.gpu.peer import measure_transformers
+from skipllm_core.bench.gpu.steps import StepBench
 from skipllm_core.bench.shapes import write_shape
 from skipllm_core.config import Quantization
 from skipllm_core.kernels.gpu.linear import Tiles, tile_for

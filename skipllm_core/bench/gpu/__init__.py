@@ -1,0 +1,1 @@
+"""What `skipllm bench gpu` measures, and how it tells."""
