@@ -3,9 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from server.calibration import TEXT_PROMPT_TOKENS, built_in_prompts, read_prompts
+from server.cli import app
 from server.settings import SettingsError
+from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.skip.profile import SkipProfile
@@ -64,6 +67,24 @@ def test_what_cannot_be_read_or_written_is_told_before_the_measurement(tmp_path:
     )
     with pytest.raises(SettingsError, match=r"missing: No such file or directory$"):
         read_prompts(missing, ByteTokenizer())
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("server.calibration.NUM_DEMO_PROMPTS", 8)
+    command = ["calibrate", "--max-tokens", "12", "--warmup-tokens", "1", "--num-threads", "1"]
+    result = CliRunner().invoke(app, [*command, "--cold-start", "0", "--cold-end", "4"])
+    assert result.exit_code == 0, result.output
+    profile = SkipProfile.load(tmp_path / "skip.yaml")
+    profile.check_model(model_fingerprint(MODEL_DIR))
+    shipped = SkipProfile.load(MODEL_DIR / "skip.yaml")
+    for layer, same in zip(profile.similarity, shipped.similarity, strict=True):
+        assert layer.mean == pytest.approx(same.mean, abs=0.1)
+        assert layer.block_influence == pytest.approx(same.block_influence, abs=0.1)
+    assert [point.region for point in profile.points] == [(0, 4)] * len(profile.points)
 
 
 @pytest.mark.slow

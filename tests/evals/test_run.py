@@ -232,18 +232,21 @@ def test_the_embedded_model_is_evaluated_and_the_judge_asked_once(tmp_path: Path
 
     with answering(reply) as url:
         command = ["eval", "--out", str(out), "--limit", "8", "--ratios", "0.25", "--warmups",
-                   "--num-threads", "1", "--judge-url", url, "--judge-model", "j",
-                   "--tasks", "factoid_qa,multi_turn"]  # fmt: skip
+                   "--policies", "all", "--num-threads", "1", "--judge-url", url,
+                   "--judge-model", "j", "--tasks", "factoid_qa,multi_turn"]  # fmt: skip
         for _ in range(2):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output
-    assert len(asked) == 8 * 8  # the full model, one ratio, six warm-ups; none twice
+    assert len(asked) == 8 * 12  # the full model, five policies, six warm-ups; none twice
     with (out / "report.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     exact = {row["policy"]: row for row in rows if row["score"] == "exact"}
     assert float(exact["never"]["mean"]) >= 0.75
     assert float(exact["never"]["token_skip_ratio"]) == 0
-    assert 0.15 < float(exact["ffn_skip"]["token_skip_ratio"]) < 0.4
+    for policy in ("ffn_skip", "static", "random", "layer_drop", "early_exit"):
+        assert 0.15 < float(exact[policy]["token_skip_ratio"]) < 0.4
+    assert float(exact["static"]["mean"]) >= 0.75
+    assert exact["layer_drop"]["weight_bytes_ratio"] == "0.25"
     assert {row["mean"] for row in rows if row["score"] == "overall"} == {"8.0"}
     assert (out / "accuracy.png").stat().st_size > 10_000
     assert (out / "warmup.png").exists()
