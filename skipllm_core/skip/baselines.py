@@ -1,7 +1,7 @@
 """The policies that the paper compares with: what a token skips is known before its step.
 
     static      the FFN blocks of the highest mean similarity, the same ones for every token
-    random      each FFN block of the skippable region with one probability, drawn per token
+    random      each FFN block of the skippable layers with one probability, drawn per token
     layer_drop  whole layers, those of the lowest Block Influence, for every token of the prompt
                 and of the answer (ShortGPT, arXiv 2403.03853)
     early_exit  the layers behind an exit that comes the earlier the longer the answer is; their K

@@ -111,6 +111,7 @@ def _amount(
         return SkipParams(policy=policy, layers=best_layers(means, ratio, range(1, num_layers - 1)))
     if policy == "random":
         start, end = profile.widest_region
+        start += 1  # a region's first layer is watched, never skipped
         ratio = _within(ratio, (end - start) / num_layers)
         return SkipParams(
             policy=policy,
