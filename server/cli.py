@@ -12,13 +12,8 @@ import typer
 from server.bench import app as bench
 from server.eval import evaluate
 from server.options import Command, takes_settings, told_in_one_line
-from server.settings import (
-    CONFIG_VARIABLE,
-    EMBEDDED_MODEL_NAME,
-    ENV_PREFIX,
-    Settings,
-    load_settings,
-)
+from server.settings import CONFIG_VARIABLE, EMBEDDED_MODEL_NAME, ENV_PREFIX, Settings
+from server.settings_sources import load_settings
 from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS
 from skipllm_core.skip.work import DEFAULT_MAX_TOKENS, Options
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from server.options import takes_settings, told_in_one_line
-from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError, load_settings
+from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError
+from server.settings_sources import load_settings
 
 if TYPE_CHECKING:
     from skipllm_core.evals.judge import Ratings

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings, SettingsError
+from server.settings_sources import load_settings
 from skipllm_core.errors import ConfigError
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults

@@ -10,13 +10,8 @@ import typer
 
 from server.bench.flags import Peer, check_surroundings, names, numbers
 from server.options import takes_settings, told_in_one_line
-from server.settings import (
-    DEFAULT_SKIP_RATIO,
-    EMBEDDED_MODEL_NAME,
-    Settings,
-    SettingsError,
-    load_settings,
-)
+from server.settings import DEFAULT_SKIP_RATIO, EMBEDDED_MODEL_NAME, Settings, SettingsError
+from server.settings_sources import load_settings
 from skipllm_core.bench.shapes import DEFAULT_SHAPE, SHAPE_NAMES
 
 _ENGINE = ("load_format", "dtype", "device", "quantization", "num_threads", "seed")

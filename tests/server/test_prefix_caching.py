@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from server import launch
 from server.cli import app
-from server.settings import Settings, load_settings
+from server.settings import Settings
+from server.settings_sources import load_settings
 from tests.server.conftest import Server, running
 from tests.server.test_answers import events
 
