@@ -58,7 +58,7 @@ def print_banner(
 def describe_skipping(defaults: SkipDefaults, params: SkipParams) -> str:
     if params.policy == "never":
         return "off"
-    wanted = "" if defaults.ratio is None else f"ratio {defaults.ratio:g}, "
+    wanted = "" if defaults.ratio is None else f"ratio {defaults.ratio:.3g}, "
     full_tokens = f"{params.warmup_tokens} full token{'s' * (params.warmup_tokens != 1)}"
     region = f"in layers {params.cold_start} to {params.cold_end - 1}"
     match params.policy:

@@ -51,7 +51,7 @@ def run_calibration(
         prompts = [tokenizer.encode_chat(messages) for messages in chats]
     else:
         prompts = built_in_prompts(tokenizer)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)  # [..] is no style here
     journal = out.with_name(out.name + ".partial")
     os.environ.update(openmp_environment(settings.num_threads))
     from skipllm_core.skip.calibrate import calibrate_model

@@ -147,8 +147,12 @@ class _Calibration:
             )
         regions = self._regions(seen.similarities.mean(dim=0).tolist())
         points = self._measure_targets(regions, warm)
-        near = min(points, key=lambda p: abs(p.target_ratio - REGION_RATIO), default=None)
-        region = regions[-1] if near is None else near.region
+        if not points:
+            raise ConfigError(
+                f"no skip ratio could be measured: the answers to {len(self._held_out)} held-out "
+                "prompts are too short, or the region too narrow. Calibrate with more prompts"
+            )
+        near = min(points, key=lambda p: abs(p.target_ratio - REGION_RATIO))
         self._work.finish()
         config = self._probe.runner.model.config
         return SkipProfile(
@@ -161,8 +165,8 @@ class _Calibration:
                 "vocab_size": config.vocab_size,
                 "dtype": self._probe.runner.dtype,
             },
-            cold_start=region[0],
-            cold_end=region[1],
+            cold_start=near.region[0],
+            cold_end=near.region[1],
             warmup_tokens=self._options.warmup_tokens,
             num_prompts=len(self._prompts),
             num_tokens=seen.num_tokens,

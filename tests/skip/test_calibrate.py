@@ -312,6 +312,13 @@ def test_calibration_that_cannot_work_is_refused(
         )
 
 
+def test_a_measurement_of_nothing_is_no_profile(runner: TorchModelRunner) -> None:
+    beyond = [[1] * (runner.max_model_len - 2)]  # one token is decoded, in the warm-up
+    options = Options(max_tokens=6, warmup_tokens=2)
+    with pytest.raises(ConfigError, match="1 held-out prompts are too short"):
+        calibrate(runner, prompts(2, 1), beyond, options, fingerprint="abc")
+
+
 @torch.inference_mode()
 def test_an_answer_ends_where_the_context_does(runner: TorchModelRunner) -> None:
     """The first token comes with the prompt, the last takes the last place: two are decoded."""
