@@ -70,6 +70,7 @@ def run_calibration(
             console.print(f"interrupted; what was done is in {journal}: the same command goes on")
         raise
     profile.save(out)
+    journal.unlink()  # not before: a profile that could not be written is not measured again
     console.print(_summary(profile))
     console.print(f"the profile is in {out}")
     _draw(profile, out.with_suffix(".png"), console)

@@ -65,7 +65,8 @@ def calibrate_model(
 ) -> SkipProfile:
     """Loads the model and calibrates it on token-id prompts, of which every fourth is held out.
 
-    What is done is kept in the file `journal` until all is, for a run that follows an interruption.
+    What is done is kept in the file `journal`, for a run that follows an interruption; it is the
+    caller's to remove.
     """
     if len(prompts) < 2:
         raise ConfigError("calibration needs at least two prompts: one of them is held out")

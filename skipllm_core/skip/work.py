@@ -94,11 +94,9 @@ class Work:
         return result
 
     def finish(self) -> None:
-        """All is done. The file goes."""
+        """All is done. The file stays until its owner has what it was for."""
         self.total = self._done
         self.say("done")
-        if self._path is not None:
-            self._path.unlink()
 
     def _tell(self) -> None:
         self._on_progress(self._what, self._done, max(self.total, self._done))
