@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.skip.baselines import exit_at, random_layers
 from skipllm_core.types import SamplingParams, SkipParams
 from tests.model.checkpoints import VOCAB_SIZE, make_oracle
+from tests.runner.oracle import answer_stepwise
 from tests.runner.tiny import engine_config, generate, skipped, text
 
 NUM_LAYERS = 8
@@ -61,26 +62,20 @@ def answers(
     return [(text(out), skipped(out)) for out in generate(runner, config, requests)]
 
 
-@torch.inference_mode()
 def stepwise(
     oracle: LlamaForCausalLM, prompt: torch.Tensor, skip: SkipParams
 ) -> tuple[list[int], list[tuple[int, ...]]]:
     """The greedy answer by transformers' layers, an `if` for everything that is left out."""
-    cache = DynamicCache(config=oracle.config)
-    logits = oracle(prompt[None], past_key_values=cache, use_cache=True).logits[:, -1]
-    tokens, skipped_layers = [int(logits.argmax())], [()]
-    while len(tokens) < MAX_TOKENS:
-        h = oracle.model.embed_tokens(torch.tensor([tokens[-1:]]))
-        position = len(prompt) + len(tokens) - 1
-        rotary = oracle.model.rotary_emb(h, torch.tensor([[position]]))
-        is_warm = len(tokens) >= skip.warmup_tokens
+
+    def run_layers(h, rotary, cache, num_generated, position):
+        is_warm = num_generated >= skip.warmup_tokens
         skips = ()
         if skip.policy == "static" and is_warm:
             skips = skip.layers
         elif skip.policy == "random" and is_warm:
             skips = tuple(random_layers(skip, 0, position))
         elif skip.policy == "early_exit":
-            skips = tuple(range(exit_at(len(tokens), skip.budget_tokens, 8, 3), NUM_LAYERS))
+            skips = tuple(range(exit_at(num_generated, skip.budget_tokens, 8, 3), NUM_LAYERS))
         for number, layer in enumerate(oracle.model.layers):
             attended, _ = layer.self_attn(
                 layer.input_layernorm(h), rotary, attention_mask=None, past_key_values=cache
@@ -90,9 +85,9 @@ def stepwise(
             h = h + attended
             if number not in skips:
                 h = h + layer.mlp(layer.post_attention_layernorm(h))
-        tokens.append(int(oracle.lm_head(oracle.model.norm(h)).argmax()))
-        skipped_layers.append(tuple(skips))
-    return tokens, skipped_layers
+        return h, skips
+
+    return answer_stepwise(oracle, prompt, MAX_TOKENS, run_layers)
 
 
 @pytest.mark.parametrize("skip", [STATIC, RANDOM, EXIT], ids=lambda skip: skip.policy)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.types import SamplingParams, SkipParams
 from tests.model.checkpoints import VOCAB_SIZE, make_oracle
+from tests.runner.oracle import answer_stepwise
 from tests.runner.tiny import engine_config, generate, skipped, text
 
 NUM_LAYERS = 8
@@ -26,19 +27,13 @@ SETTINGS = [  # most of the oracle's similarities lie between 0.7 and 0.97
 ]
 
 
-@torch.inference_mode()
 def answer(
     oracle: LlamaForCausalLM, prompt: torch.Tensor, skip: SkipParams
 ) -> tuple[list[int], list[tuple[int, ...]]]:
     """The greedy answer, and the layers whose FFN each of its tokens skipped."""
-    cache = DynamicCache(config=oracle.config)
-    logits = oracle(prompt[None], past_key_values=cache, use_cache=True).logits[:, -1]
-    tokens, skipped_layers = [int(logits.argmax())], [()]
-    while len(tokens) < MAX_TOKENS:
-        h = oracle.model.embed_tokens(torch.tensor([tokens[-1:]]))
-        position = torch.tensor([[len(prompt) + len(tokens) - 1]])
-        rotary = oracle.model.rotary_emb(h, position)
-        is_warm = len(tokens) >= skip.warmup_tokens
+
+    def run_layers(h, rotary, cache, num_generated, position):
+        is_warm = num_generated >= skip.warmup_tokens
         triggered, skips = False, []
         for number, layer in enumerate(oracle.model.layers):
             attended, _ = layer.self_attn(
@@ -54,9 +49,9 @@ def answer(
             if is_skippable and torch.cosine_similarity(h, after, dim=-1) >= skip.threshold:
                 triggered = True
             h = after
-        tokens.append(int(oracle.lm_head(oracle.model.norm(h)).argmax()))
-        skipped_layers.append(tuple(skips))
-    return tokens, skipped_layers
+        return h, tuple(skips)
+
+    return answer_stepwise(oracle, prompt, MAX_TOKENS, run_layers)
 
 
 @pytest.fixture(scope="module")
