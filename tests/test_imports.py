@@ -106,7 +106,7 @@ def test_the_model_never_says_skip() -> None:
 
 def test_loading_the_server_does_not_load_torch() -> None:
     code = (
-        "import sys, server.app, server.cli, server.launch, skipllm_core.client\n"
+        "import sys, server.app, server.cli.app, server.cli.launch, skipllm_core.client\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from server.cli import app
+from server.cli.app import app
 from skipllm_core.bench import setup
 from skipllm_core.bench.cases import Case, make_cases
 from skipllm_core.bench.decode import DecodeBench
@@ -18,8 +18,8 @@ from skipllm_core.bench.setup import loaded
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.types import SamplingParams, SkipParams
+from tests.cli.test_app import skipllm
 from tests.runner.tiny import NUM_LAYERS, VOCAB, engine_config, generate, text, write_config
-from tests.test_cli import skipllm
 
 PROMISED = {
     *("model", "device", "dtype", "policy", "forced_skip", "batch", "context", "ms_per_step"),

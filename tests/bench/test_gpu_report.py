@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from server.cli import app
+from server.cli.app import app
 from skipllm_core.bench.gpu import report as gpu_report
 from skipllm_core.bench.gpu.measurement import GpuMeasurement, Told
 from skipllm_core.bench.gpu.plan import Plan

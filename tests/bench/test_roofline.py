@@ -245,7 +245,7 @@ def test_the_cpu_has_a_name(tmp_path: Path) -> None:
 
 def test_what_the_command_line_needs_loads_without_torch() -> None:
     code = (
-        "import sys, server.bench.decode\n"
+        "import sys, server.cli.bench.decode\n"
         "import skipllm_core.bench.cases, skipllm_core.bench.machine\n"
         "import skipllm_core.bench.prompts, skipllm_core.bench.roofline\n"
         "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"

@@ -15,8 +15,8 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from server.bench.report import print_report
-from server.bench.serving import Benchmark, measure
+from server.cli.bench.report import print_report
+from server.cli.bench.serving import Benchmark, measure
 from server.settings import SettingsError
 from skipllm_core.errors import ConfigError
 from tests.bench.other_servers import begin, chunk, other_server

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from server.bench.serve import parse_goodput
+from server.cli.bench.serve import parse_goodput
 from server.settings import SettingsError
 from tests.bench.other_servers import begin, chunk, other_server
+from tests.cli.test_app import REPO, skipllm
 from tests.server.conftest import listening, running
-from tests.test_cli import REPO, skipllm
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_extra_that_it_needs_is_named() -> None:
     code = (
         "import sys\n"
         "sys.modules['aiohttp'] = None\n"
-        "from server.cli import app\n"
+        "from server.cli.app import app\n"
         "app(['bench', 'serve'])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
@@ -132,7 +132,7 @@ def test_the_extra_that_it_needs_is_named() -> None:
 def test_help_loads_nothing_that_it_does_not_need() -> None:
     code = (
         "import sys\n"
-        "from server.cli import app\n"
+        "from server.cli.app import app\n"
         "app(['bench', 'serve', '--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'aiohttp', 'matplotlib', 'numpy', 'uvloop'}\n"
         "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"

@@ -5,7 +5,7 @@ from pathlib import Path
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.model.config import load_model_config
 from skipllm_core.tokenizer import HFTokenizer
-from tests.test_cli import skipllm
+from tests.cli.test_app import skipllm
 
 
 def test_a_shape_is_a_model_whose_every_token_has_text(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast, get_args
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from server.cli.app import app
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import ConfigError
 from skipllm_core.evals.engine_backend import EngineBackend
@@ -124,7 +124,7 @@ def test_a_policy_that_the_engine_lacks_is_refused_before_anything_is_asked() ->
 
 def test_a_running_server_is_asked_without_torch() -> None:
     names = ["runner", "http", "judge", "summary", "report", "figures"]
-    modules = ", ".join(["server.eval", *(f"skipllm_core.evals.{name}" for name in names)])
+    modules = ", ".join(["server.cli.eval", *(f"skipllm_core.evals.{name}" for name in names)])
     code = f"import sys, {modules}\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

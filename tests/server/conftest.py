@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.app import build_app
-from server.launch import HTTPProtocol
+from server.cli.launch import HTTPProtocol
 from skipllm_core.client import InProcessEngineClient
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine

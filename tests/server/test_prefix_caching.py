@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from server import launch
-from server.cli import app
+from server.cli import launch
+from server.cli.app import app
 from server.settings import Settings
 from server.settings_sources import load_settings
 from tests.server.conftest import Server, running

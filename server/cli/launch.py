@@ -22,7 +22,7 @@ from prometheus_client import disable_created_metrics
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.app import build_app
-from server.banner import describe_skipping, print_banner, print_line
+from server.cli.banner import describe_skipping, print_banner, print_line
 from server.errors import ErrorReply
 from server.lifecycle import Lifecycle
 from server.logs import configure_logging

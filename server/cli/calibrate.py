@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from server.prompts import TEXT_SUFFIXES, read_paragraphs, read_prompt_lines
+from server.cli.prompts import TEXT_SUFFIXES, read_paragraphs, read_prompt_lines
 from server.settings import Settings, SettingsError
 from skipllm_core.client.worker_handle import openmp_environment
 from skipllm_core.demo import MODEL_DIR

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from server.bench.flags import Peer, check_surroundings, names, numbers
-from server.options import takes_settings, told_in_one_line
+from server.cli.bench.flags import Peer, check_surroundings, names, numbers
+from server.cli.options import takes_settings, told_in_one_line
 from server.settings import DEFAULT_SKIP_RATIO, EMBEDDED_MODEL_NAME, Settings, SettingsError
 from server.settings_sources import load_settings
 from skipllm_core.bench.shapes import DEFAULT_SHAPE, SHAPE_NAMES
@@ -120,7 +120,7 @@ def decode(
         check_surroundings(compare, plot, json_file)
         _settle_openmp(settings.num_threads)
 
-        from server.bench.measuring import run_decode
+        from server.cli.bench.measuring import run_decode
 
         run_decode(
             settings,
@@ -162,7 +162,7 @@ def prefill(
         check_surroundings(compare, None, json_file)
         _settle_openmp(settings.num_threads)
 
-        from server.bench.measuring import run_prefill
+        from server.cli.bench.measuring import run_prefill
 
         run_prefill(
             settings,

@@ -14,9 +14,9 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.bench.client import STEP_SECONDS, WEIGHT_READS, Client, Counters
-from server.bench.report import print_report
-from server.bench.workload import CHAT, SAMPLE, prompts_of_file, random_prompts
+from server.cli.bench.client import STEP_SECONDS, WEIGHT_READS, Client, Counters
+from server.cli.bench.report import print_report
+from server.cli.bench.workload import CHAT, SAMPLE, prompts_of_file, random_prompts
 from skipllm_core.bench.latency import RequestRecord, summarize
 from skipllm_core.bench.load import Send, clock, closed_loop, open_loop, poisson_arrivals
 from skipllm_core.errors import ConfigError

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from server.bench.decode import decode, prefill
-from server.bench.gpu import gpu
-from server.bench.serve import serve
-from server.options import Command, told_in_one_line
+from server.cli.bench.decode import decode, prefill
+from server.cli.bench.gpu import gpu
+from server.cli.bench.serve import serve
+from server.cli.options import Command, told_in_one_line
 from server.settings import SettingsError
 from skipllm_core.bench.shapes import SHAPE_NAMES, write_shape
 from skipllm_core.errors import ConfigError

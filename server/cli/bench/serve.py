@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from server.options import told_in_one_line
+from server.cli.options import told_in_one_line
 from server.settings import SettingsError
 from skipllm_core.errors import ConfigError
 
@@ -169,7 +169,7 @@ def serve(
         fields = _json_object("--extra-body", extra_body)
 
         try:
-            from server.bench.serving import Benchmark, run_benchmark
+            from server.cli.bench.serving import Benchmark, run_benchmark
         except ModuleNotFoundError as error:
             if error.name != "aiohttp":
                 raise

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from server.launch import find_profile, listen
+from server.cli.launch import find_profile, listen
 from skipllm_core.errors import ConfigError, ProfileError
 from skipllm_core.model.fingerprint import model_fingerprint
 from tests.e2e.serving import Served, serve
@@ -70,7 +70,7 @@ def test_a_taken_port_is_told_in_one_line() -> None:
 def test_sigterm_while_a_model_is_fetched_ends_at_once() -> None:
     program = """
 import time
-from server import launch
+from server.cli import launch
 from server.settings import Settings
 launch.resolve_model = lambda name: (print("fetching", flush=True), time.sleep(60))
 launch.run_server(Settings(model="some/model", port=0))

@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from server.prompts import read_prompt_lines
+from server.cli.prompts import read_prompt_lines
 from server.settings import SettingsError
 
 CHAT = "/v1/chat/completions"

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from server.bench import app as bench
-from server.eval import evaluate
-from server.options import Command, takes_settings, told_in_one_line
+from server.cli.bench import app as bench
+from server.cli.eval import evaluate
+from server.cli.options import Command, takes_settings, told_in_one_line
 from server.settings import CONFIG_VARIABLE, EMBEDDED_MODEL_NAME, ENV_PREFIX, Settings
 from server.settings_sources import load_settings
 from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS
@@ -72,7 +72,7 @@ def serve(
             config = Path(os.environ[CONFIG_VARIABLE])
         settings = load_settings(flags, os.environ, config)
 
-        from server.launch import run_server
+        from server.cli.launch import run_server
 
         raise typer.Exit(run_server(settings))
 
@@ -135,7 +135,7 @@ def calibrate(
     with told_in_one_line():
         settings = load_settings({**flags, "model": model}, os.environ)
 
-        from server.calibration import run_calibration
+        from server.cli.calibrate import run_calibration
 
         options = Options(
             max_tokens=max_tokens,
@@ -144,7 +144,3 @@ def calibrate(
             cold_end=cold_end,
         )
         run_calibration(settings, prompts or [], out, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ import pytest
 
 from server.settings import Settings, flag_of
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 
 
 def skipllm(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ def test_help_shows_flags_whole_and_under_headings_in_a_narrow_terminal() -> Non
 def test_help_loads_neither_torch_nor_the_web_framework() -> None:
     code = (
         "import sys\n"
-        "from server.cli import app\n"
+        "from server.cli.app import app\n"
         "app(['serve', '--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'fastapi', 'uvicorn', 'zmq', 'tokenizers', 'numpy'}\n"
         "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"

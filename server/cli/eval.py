@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from server.options import takes_settings, told_in_one_line
+from server.cli.options import takes_settings, told_in_one_line
 from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError
 from server.settings_sources import load_settings
 
@@ -232,7 +232,7 @@ def _backend(
 
         client = ChatClient(plan.base_url, plan.model_name, os.environ.get("SKIPLLM_EVAL_API_KEY"))
         return HttpBackend(client, plan.max_tokens, plan.concurrency, plan.seed), None, {}
-    from server.launch import PROFILE_NAME, find_profile
+    from server.cli.launch import PROFILE_NAME, find_profile
     from skipllm_core.client.worker_handle import openmp_environment
     from skipllm_core.demo import MODEL_DIR
     from skipllm_core.model.config import load_model_config

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from server.calibration import TEXT_PROMPT_TOKENS, built_in_prompts, read_prompts
-from server.cli import app
+from server.cli.app import app
+from server.cli.calibrate import TEXT_PROMPT_TOKENS, built_in_prompts, read_prompts
 from server.settings import SettingsError
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import InvalidRequestError
@@ -14,7 +14,7 @@ from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.prompts import BUILT_IN
 from skipllm_core.tokenizer import ByteTokenizer
-from tests.test_cli import skipllm
+from tests.cli.test_app import skipllm
 
 CHAT = '{"messages": [{"role": "user", "content": "hi"}]}'
 
@@ -74,7 +74,7 @@ def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("server.calibration.NUM_DEMO_PROMPTS", 8)
+    monkeypatch.setattr("server.cli.calibrate.NUM_DEMO_PROMPTS", 8)
     command = ["calibrate", "--max-tokens", "12", "--warmup-tokens", "1", "--num-threads", "1"]
     result = CliRunner().invoke(app, [*command, "--cold-start", "0", "--cold-end", "4"])
     assert result.exit_code == 0, result.output

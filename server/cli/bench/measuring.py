@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from server.calibration import read_prompts
-from server.launch import find_profile
+from server.cli.calibrate import read_prompts
+from server.cli.launch import find_profile
 from server.settings import DEFAULT_SKIP_RATIO, EMBEDDED_MODEL_NAME, Settings, SettingsError
 from skipllm_core.bench.cases import make_cases
 from skipllm_core.bench.decode import DecodeBench, step_bytes

@@ -7,8 +7,8 @@ from typing import Annotated, get_args
 
 import typer
 
-from server.bench.flags import Peer, check_surroundings, names, numbers
-from server.options import told_in_one_line
+from server.cli.bench.flags import Peer, check_surroundings, names, numbers
+from server.cli.options import told_in_one_line
 from skipllm_core.bench.shapes import SHAPE_NAMES
 from skipllm_core.config import Quantization
 

@@ -1,0 +1,1 @@
+"""What a terminal speaks: `skipllm serve`, `calibrate`, `eval` and `bench`."""
