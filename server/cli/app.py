@@ -14,8 +14,8 @@ from server.cli.eval import evaluate
 from server.cli.options import Command, takes_settings, told_in_one_line
 from server.settings import CONFIG_VARIABLE, EMBEDDED_MODEL_NAME, ENV_PREFIX, Settings
 from server.settings_sources import load_settings
+from skipllm_core.calibration.work import DEFAULT_MAX_TOKENS, Options
 from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS
-from skipllm_core.skip.work import DEFAULT_MAX_TOKENS, Options
 
 app = typer.Typer(
     name="skipllm",

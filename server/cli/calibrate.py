@@ -22,14 +22,14 @@ from rich.table import Table
 
 from server.cli.prompts import TEXT_SUFFIXES, read_paragraphs, read_prompt_lines
 from server.settings import Settings, SettingsError
+from skipllm_core.calibration.prompts import BUILT_IN
+from skipllm_core.calibration.work import OnProgress, Options
 from skipllm_core.client.worker_handle import openmp_environment
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.demo import prompts as demo_prompts
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile
-from skipllm_core.skip.prompts import BUILT_IN
-from skipllm_core.skip.work import OnProgress, Options
 from skipllm_core.tokenizer import HFTokenizer, Tokenizer
 
 TEXT_PROMPT_TOKENS = 64  # of a paragraph; what follows would have been the answer
@@ -54,7 +54,7 @@ def run_calibration(
     console = Console(stderr=True, highlight=False, markup=False)  # [..] is no style here
     journal = out.with_name(out.name + ".partial")
     os.environ.update(openmp_environment(settings.num_threads))
-    from skipllm_core.skip.calibrate import calibrate_model
+    from skipllm_core.calibration.calibrate import calibrate_model
 
     try:
         with _progress(console) as on_progress:
@@ -107,7 +107,7 @@ def _progress(console: Console) -> Iterator[OnProgress]:
 
 
 def _draw(profile: SkipProfile, path: Path, console: Console) -> None:
-    from skipllm_core.skip.picture import draw_profile
+    from skipllm_core.calibration.picture import draw_profile
 
     try:
         draw_profile(profile, path)

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from skipllm_core.calibration.calibrate import HELD_OUT_EVERY
+from skipllm_core.calibration.measure import measure
+from skipllm_core.calibration.probe import Probe
+from skipllm_core.calibration.work import Work
 from skipllm_core.config import EngineConfig
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.demo.prompts import prompts
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.calibrate import HELD_OUT_EVERY
-from skipllm_core.skip.measure import measure
-from skipllm_core.skip.probe import Probe
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
-from skipllm_core.skip.work import Work
 from skipllm_core.tokenizer import HFTokenizer
 from skipllm_core.types import SkipParams, SkipPolicyName
 

@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 from server.cli.app import app
 from server.cli.calibrate import TEXT_PROMPT_TOKENS, built_in_prompts, read_prompts
 from server.settings import SettingsError
+from skipllm_core.calibration.prompts import BUILT_IN
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.skip.profile import SkipProfile
-from skipllm_core.skip.prompts import BUILT_IN
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.cli.test_app import skipllm
 

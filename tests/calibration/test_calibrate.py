@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipllm_core.calibration.calibrate import BATCHES, TARGET_RATIOS, calibrate
+from skipllm_core.calibration.measure import Measurement, forced_kl, measure, record
+from skipllm_core.calibration.probe import Probe
+from skipllm_core.calibration.regions import max_reachable_ratio
+from skipllm_core.calibration.work import Options, Work
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.calibrate import BATCHES, TARGET_RATIOS, calibrate
-from skipllm_core.skip.measure import Measurement, forced_kl, measure, record
-from skipllm_core.skip.probe import Probe
 from skipllm_core.skip.profile import SkipProfile
-from skipllm_core.skip.regions import max_reachable_ratio
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
-from skipllm_core.skip.work import Options, Work
 from skipllm_core.types import SamplingParams, SkipParams
 from tests.model.checkpoints import make_oracle
 from tests.runner.tiny import engine_config, generate, write_config
@@ -249,7 +249,7 @@ def test_many_tokens_are_thinned_out_and_all_of_them_counted(
 ) -> None:
     probe = Probe(runner, max_tokens=16, max_num_seqs=2)
     every = record(probe, prompts(4, seed=1), Work())
-    monkeypatch.setattr("skipllm_core.skip.measure.MAX_RECORDED_TOKENS", 25)  # of 64
+    monkeypatch.setattr("skipllm_core.calibration.measure.MAX_RECORDED_TOKENS", 25)  # of 64
     third = record(probe, prompts(4, seed=1), Work())
     assert third.num_tokens == every.num_tokens == 60
     assert third.block_influence == every.block_influence
@@ -292,7 +292,7 @@ def test_the_region_of_the_lowest_kl_is_taken(
     def cost(probe: Probe, of: object, skip: SkipParams, work: Work) -> float:
         return abs(skip.cold_end - skip.cold_start - 5)
 
-    monkeypatch.setattr("skipllm_core.skip.calibrate.forced_kl", cost)
+    monkeypatch.setattr("skipllm_core.calibration.calibrate.forced_kl", cost)
     points = run(runner, max_tokens=16).points
     sizes = {p.target_ratio: p.region[1] - p.region[0] for p in points}
     compared = {0.05: (2, 3, 4), 0.15: (3, 4, 5), 0.25: (4, 5, 6), 0.5: (7, 8, 9)}

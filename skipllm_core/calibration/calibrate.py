@@ -19,11 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from skipllm_core.config import EngineConfig
-from skipllm_core.errors import ConfigError
-from skipllm_core.model.fingerprint import model_fingerprint
-from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.measure import (
+from skipllm_core.calibration.measure import (
     Measurement,
     Recording,
     forced_kl,
@@ -31,9 +27,8 @@ from skipllm_core.skip.measure import (
     measure,
     record,
 )
-from skipllm_core.skip.probe import Probe, Prompts
-from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
-from skipllm_core.skip.regions import (
+from skipllm_core.calibration.probe import Probe, Prompts
+from skipllm_core.calibration.regions import (
     DIGITS,
     SLACK,
     Region,
@@ -43,7 +38,12 @@ from skipllm_core.skip.regions import (
     max_reachable_ratio,
     nested_regions,
 )
-from skipllm_core.skip.work import OnProgress, Options, Work, no_progress
+from skipllm_core.calibration.work import OnProgress, Options, Work, no_progress
+from skipllm_core.config import EngineConfig
+from skipllm_core.errors import ConfigError
+from skipllm_core.model.fingerprint import model_fingerprint
+from skipllm_core.runner.model_runner import TorchModelRunner
+from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
 from skipllm_core.types import SkipParams
 
 TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)

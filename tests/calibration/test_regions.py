@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skipllm_core.skip.policy import RowGate
-from skipllm_core.skip.regions import (
+from skipllm_core.calibration.regions import (
     candidates,
     find_plateau,
     find_threshold,
     max_reachable_ratio,
     nested_regions,
 )
+from skipllm_core.skip.policy import RowGate
 from skipllm_core.types import SkipParams
 
 NUM_LAYERS = 12

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from skipllm_core.calibration.probe import Probe, Prompts, extend
+from skipllm_core.calibration.work import Work
 from skipllm_core.errors import ConfigError
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.sequence import Sequence as Seq
 from skipllm_core.skip.policy import NeverGate, gate_for, similarity, skip_at
-from skipllm_core.skip.probe import Probe, Prompts, extend
-from skipllm_core.skip.work import Work
 from skipllm_core.types import SkipParams
 
 FULL = SkipParams(policy="never")

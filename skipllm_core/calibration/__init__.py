@@ -1,0 +1,1 @@
+"""Measures beforehand what skipping costs a model: similarity curve, regions, thresholds."""
