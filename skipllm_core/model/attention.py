@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.layers import Rotary
-from skipllm_core.runner.kv_cache import KVCache
 
 
 class ContextRow(NamedTuple):

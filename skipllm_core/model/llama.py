@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from skipllm_core.model.attention import AttentionContext, ContextRow, attend
 from skipllm_core.model.config import ModelConfig
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.layers import FeedForward, Linear, Place, RMSNorm, Rotary, rotate, weight
-from skipllm_core.runner.kv_cache import KVCache
 
 
 class Attention(nn.Module):

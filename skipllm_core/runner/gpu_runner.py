@@ -11,6 +11,7 @@ from torch import Tensor
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.runner.device_sampler import DeviceSampler, sampling_kind
 from skipllm_core.runner.graphs import (
@@ -20,7 +21,6 @@ from skipllm_core.runner.graphs import (
     Decoder,
     reserve_bytes,
 )
-from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.runner.memory import allocated_bytes, held_tensors, tells_what_to_lower
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.runner.sampler import NOT_FINITE

@@ -17,9 +17,9 @@ from skipllm_core.errors import ConfigError
 from skipllm_core.kernels.cpu import CpuDecoder, is_available
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.config import load_model_config
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.loader import load_model, resolve_dtype
 from skipllm_core.runner.decode import cpu_step, decode_step
-from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.runner.memory import (
     SEGMENT_BYTES,
     cpu_budget_bytes,

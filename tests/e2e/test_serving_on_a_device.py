@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from skipllm_core.model.config import load_model_config
-from skipllm_core.runner.kv_cache import KVCache
+from skipllm_core.model.kv_cache import KVCache
 from tests.e2e.serving import REPO, Served, serve
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from skipllm_core.config import Quantization
 from skipllm_core.kernels import cpu
 from skipllm_core.kernels.cpu import CpuDecoder
 from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.decode import cpu_step, decode_step
-from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.skip.policy import NeverGate, SkipGate
 from tests.model.checkpoints import VOCAB_SIZE
 

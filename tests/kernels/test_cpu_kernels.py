@@ -10,7 +10,7 @@ import torch
 
 from skipllm_core.config import Quantization
 from skipllm_core.kernels import cpu
-from skipllm_core.runner.kv_cache import KVCache
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.skip.policy import ForcedGate, RowGate
 from skipllm_core.types import SkipParams
 from tests.kernels.rows import BLOCK_SIZE, CPU, Rows, load, needs_the_kernels, prompts_of

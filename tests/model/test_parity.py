@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
-from skipllm_core.runner.kv_cache import KVCache
 from tests.model.checkpoints import CHECKPOINTS, VOCAB_SIZE, make_oracle
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.runner.decode import decode_step
-from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.skip.baselines import PlannedSkip
 from skipllm_core.skip.policy import SkipRule, gate_for
 from skipllm_core.types import SkipParams

@@ -24,10 +24,10 @@ from skipllm_core.bench.gpu.steps import StepBench
 from skipllm_core.bench.shapes import write_shape
 from skipllm_core.config import Quantization
 from skipllm_core.kernels.gpu.linear import Tiles, tile_for
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.graphs import Capture
-from skipllm_core.runner.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 

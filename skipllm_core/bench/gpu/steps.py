@@ -16,10 +16,10 @@ from skipllm_core.bench.bandwidth import synchronize
 from skipllm_core.kernels.gpu.decoder import GpuDecoder
 from skipllm_core.kernels.gpu.linear import Tiles, tile_for
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.layers import Linear
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.runner.graphs import Capture
-from skipllm_core.runner.kv_cache import KVCache
 
 BLOCK_SIZE = 16
 UNREACHABLE = 2.0  # a threshold that no similarity has

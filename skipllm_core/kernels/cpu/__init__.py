@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.layers import Linear
 from skipllm_core.model.llama import LlamaModel
-from skipllm_core.runner.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from skipllm_core.kernels.cpu import _decoder as _native

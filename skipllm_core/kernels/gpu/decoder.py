@@ -22,8 +22,8 @@ from skipllm_core.kernels.gpu.attention import AttentionScratch, attend
 from skipllm_core.kernels.gpu.gate import GateState, decide_together, tell
 from skipllm_core.kernels.gpu.linear import Tiles, gate_up, linear, parts_for, tile_for
 from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import Block, LlamaModel
-from skipllm_core.runner.kv_cache import KVCache
 
 MIN_SPLIT = 64  # positions of a split of attention, at least
 

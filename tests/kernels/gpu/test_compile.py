@@ -22,7 +22,7 @@ from skipllm_core.kernels.gpu.decoder import GpuDecoder
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.device_sampler import DeviceSampler, SamplingKind
-from skipllm_core.runner.kv_cache import KVCache
+from skipllm_core.model.kv_cache import KVCache
 from tests.runner.tiny import write_config
 
 

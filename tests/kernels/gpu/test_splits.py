@@ -11,9 +11,9 @@ from skipllm_core.kernels.gpu.attention import AttentionScratch
 from skipllm_core.kernels.gpu.decoder import GpuDecoder
 from skipllm_core.kernels.gpu.rows import DeviceRows
 from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.decode import decode_step
-from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.skip.policy import NeverGate
 from tests.model.checkpoints import VOCAB_SIZE, make_oracle
 from tests.runner.tiny import write_config

@@ -12,10 +12,10 @@ from skipllm_core.kernels.gpu.decoder import GpuDecoder
 from skipllm_core.kernels.gpu.linear import Tile
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.attention import ContextRow
+from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.decode import decode_step
-from skipllm_core.runner.kv_cache import KVCache
 from skipllm_core.skip.policy import NeverGate, SkipGate
 from skipllm_core.types import SkipParams
 from tests.model.checkpoints import VOCAB_SIZE, make_oracle
