@@ -24,7 +24,7 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError, EngineDeadError, OverloadedError
 from skipllm_core.messages import Add, Command
 from skipllm_core.types import SamplingParams, SkipParams
-from tests.cli.test_appent import read, tokens, until
+from tests.test_client import read, tokens, until
 
 BUILDER = "tests.fakes:build_worker_engine"
 QUICK = (0.05, 0.05, 0.05)  # restart delays

@@ -26,7 +26,7 @@ from skipllm_core.calibration.prompts import BUILT_IN
 from skipllm_core.calibration.work import OnProgress, Options
 from skipllm_core.client.worker_handle import openmp_environment
 from skipllm_core.demo import MODEL_DIR
-from skipllm_core.demo import prompts as demo_prompts
+from skipllm_core.demo.data import prompts as demo_prompts
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
-from skipllm_core.demo import stories
+from skipllm_core.demo.data import stories
 from skipllm_core.evals.records import FULL, Record, Setting, Timing, mean_answer_tokens
 from skipllm_core.evals.scoring import (
     bootstrap,

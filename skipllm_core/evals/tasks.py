@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from skipllm_core.chat_template import Message
-from skipllm_core.demo.heldout import held_out_set
+from skipllm_core.demo.data.heldout import held_out_set
 from skipllm_core.evals.loaders import load_factoid_qa, load_multi_turn, load_summaries
 
 TaskName = Literal["factoid_qa", "multi_turn", "summarization"]

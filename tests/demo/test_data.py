@@ -5,14 +5,14 @@ import random
 
 import pytest
 
-from skipllm_core.demo import arithmetic, smalltalk, stories, unknowns
-from skipllm_core.demo.dialogues import DialogueMaker
-from skipllm_core.demo.exchanges import answer, wordings
-from skipllm_core.demo.facts import all_facts
-from skipllm_core.demo.heldout import KINDS, held_out_set, is_right
-from skipllm_core.demo.questions import held_out_templates, train_templates
-from skipllm_core.demo.relations import RELATIONS
-from skipllm_core.demo.singles import SINGLES
+from skipllm_core.demo.data import arithmetic, smalltalk, stories, unknowns
+from skipllm_core.demo.data.dialogues import DialogueMaker
+from skipllm_core.demo.data.exchanges import answer, wordings
+from skipllm_core.demo.data.facts import all_facts
+from skipllm_core.demo.data.heldout import KINDS, held_out_set, is_right
+from skipllm_core.demo.data.questions import held_out_templates, train_templates
+from skipllm_core.demo.data.relations import RELATIONS
+from skipllm_core.demo.data.singles import SINGLES
 
 
 def _normal(text: str) -> str:

@@ -1,5 +1,5 @@
 from skipllm_core.demo import MODEL_DIR
-from skipllm_core.demo.policies import settings
+from skipllm_core.demo.training.policies import settings
 from skipllm_core.skip.profile import SkipProfile
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from skipllm_core.demo import MODEL_DIR
-from skipllm_core.demo.batches import make_batch
-from skipllm_core.demo.dialogues import DialogueMaker
-from skipllm_core.demo.evaluate import accuracies
-from skipllm_core.demo.muon import orthogonalised
-from skipllm_core.demo.tokenizer import Renderer, load_tokenizer, train_tokenizer
-from skipllm_core.demo.train import Recipe, Trainer
+from skipllm_core.demo.data.dialogues import DialogueMaker
+from skipllm_core.demo.training.batches import make_batch
+from skipllm_core.demo.training.evaluate import accuracies
+from skipllm_core.demo.training.muon import orthogonalised
+from skipllm_core.demo.training.tokenizer import Renderer, load_tokenizer, train_tokenizer
+from skipllm_core.demo.training.train import Recipe, Trainer
 
 _TINY = Recipe(
     hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, num_rows=2

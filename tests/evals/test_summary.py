@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skipllm_core.demo.heldout import held_out_set
+from skipllm_core.demo.data.heldout import held_out_set
 from skipllm_core.evals.figures import draw
 from skipllm_core.evals.records import FULL, Journal, Setting
 from skipllm_core.evals.report import markdown

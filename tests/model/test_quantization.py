@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skipllm_core import demo
 from skipllm_core.config import EngineConfig, Quantization
-from skipllm_core.demo.prompts import prompts
+from skipllm_core.demo.data.prompts import prompts
 from skipllm_core.engine.runner import ScheduledSeq
 from skipllm_core.errors import ConfigError
 from skipllm_core.kernels import cpu

@@ -39,7 +39,7 @@ from skipllm_core.bench.setup import Machine, loaded, measure_machine
 from skipllm_core.bench.shapes import DEFAULT_SHAPE, write_shape
 from skipllm_core.config import EngineConfig
 from skipllm_core.demo import MODEL_DIR
-from skipllm_core.demo.heldout import held_out_set
+from skipllm_core.demo.data.heldout import held_out_set
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.config import ModelConfig, load_model_config
 from skipllm_core.model.hub import resolve_model

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from skipllm_core.demo.words import BOYS, GIRLS, strange_name
+from skipllm_core.demo.data.words import BOYS, GIRLS, strange_name
 
 
 @dataclass(frozen=True, slots=True)

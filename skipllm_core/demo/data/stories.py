@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from skipllm_core.demo.plots import PLOTS, Plot
-from skipllm_core.demo.words import (
+from skipllm_core.demo.data.plots import PLOTS, Plot
+from skipllm_core.demo.data.words import (
     BOYS,
     GIRLS,
     capitalised,

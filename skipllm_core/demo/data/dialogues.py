@@ -4,11 +4,18 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from skipllm_core.demo import arithmetic, smalltalk, stories, unknowns
-from skipllm_core.demo.exchanges import Exchange, FactBook, ask, follow_up, has_follow_ups, typed
-from skipllm_core.demo.exchanges import answer as answer_of
-from skipllm_core.demo.surface import vary
-from skipllm_core.demo.words import with_article
+from skipllm_core.demo.data import arithmetic, smalltalk, stories, unknowns
+from skipllm_core.demo.data.exchanges import (
+    Exchange,
+    FactBook,
+    ask,
+    follow_up,
+    has_follow_ups,
+    typed,
+)
+from skipllm_core.demo.data.exchanges import answer as answer_of
+from skipllm_core.demo.data.surface import vary
+from skipllm_core.demo.data.words import with_article
 
 Message = dict[str, str]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from skipllm_core.demo.dialogues import DialogueMaker, Message
-from skipllm_core.demo.words import BOYS, GIRLS
+from skipllm_core.demo.data.dialogues import DialogueMaker, Message
+from skipllm_core.demo.data.words import BOYS, GIRLS
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}

@@ -1,8 +1,8 @@
 """Wordings of the questions about facts, those for training apart from those held out."""
 
-from skipllm_core.demo.facts import Fact
-from skipllm_core.demo.relations import Relation
-from skipllm_core.demo.words import with_article
+from skipllm_core.demo.data.facts import Fact
+from skipllm_core.demo.data.relations import Relation
+from skipllm_core.demo.data.words import with_article
 
 # Frames around a noun phrase {p} ("the capital of France").
 _TRAIN_FRAMES = (

@@ -3,17 +3,17 @@
 import random
 from dataclasses import dataclass, field, replace
 
-from skipllm_core.demo import unknowns
-from skipllm_core.demo.facts import ALIASES, Fact, all_facts
-from skipllm_core.demo.questions import (
+from skipllm_core.demo.data import unknowns
+from skipllm_core.demo.data.facts import ALIASES, Fact, all_facts
+from skipllm_core.demo.data.questions import (
     fields,
     held_out_templates,
     train_templates,
 )
-from skipllm_core.demo.relations import RELATIONS
-from skipllm_core.demo.singles import SINGLES
-from skipllm_core.demo.surface import vary
-from skipllm_core.demo.words import capitalised
+from skipllm_core.demo.data.relations import RELATIONS
+from skipllm_core.demo.data.singles import SINGLES
+from skipllm_core.demo.data.surface import vary
+from skipllm_core.demo.data.words import capitalised
 
 Exchange = tuple[str, str]
 """(what the user says, what the assistant answers)."""

@@ -1,4 +1,4 @@
-"""What skipping costs the embedded model: ``python -m skipllm_core.demo.skip_accuracy``.
+"""What skipping costs the embedded model: ``python -m skipllm_core.demo.training.skip_accuracy``.
 
 Answers the held-out prompts with the engine that serves them, greedily, once per skip ratio.
 """
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.demo import MODEL_DIR
-from skipllm_core.demo.heldout import KINDS, HeldOut, held_out_set, is_right
+from skipllm_core.demo.data.heldout import KINDS, HeldOut, held_out_set, is_right
 from skipllm_core.engine.engine import Engine
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip

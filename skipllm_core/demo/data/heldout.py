@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from skipllm_core.demo import arithmetic, smalltalk, stories, unknowns
-from skipllm_core.demo.dialogues import Message, assistant, user
-from skipllm_core.demo.exchanges import FactBook, answer, ask, follow_up, has_follow_ups
+from skipllm_core.demo.data import arithmetic, smalltalk, stories, unknowns
+from skipllm_core.demo.data.dialogues import Message, assistant, user
+from skipllm_core.demo.data.exchanges import FactBook, answer, ask, follow_up, has_follow_ups
 
 
 @dataclass(frozen=True, slots=True)

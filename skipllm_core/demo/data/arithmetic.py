@@ -2,7 +2,7 @@
 
 import random
 
-from skipllm_core.demo.words import listed
+from skipllm_core.demo.data.words import listed
 
 OPERATIONS = "++--**/"
 """As often as they are asked for."""

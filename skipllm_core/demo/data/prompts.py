@@ -1,4 +1,4 @@
-"""Prompts to calibrate the embedded model with: ``python -m skipllm_core.demo.prompts > FILE``.
+"""Prompts to calibrate the embedded model: ``python -m skipllm_core.demo.data.prompts > FILE``.
 
 Conversations as in training (fresh ones, training wordings), each up to a question to answer, as
 the JSON lines that `skipllm calibrate --prompts` reads. The held-out wordings are not among them.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 
-from skipllm_core.demo.dialogues import DialogueMaker, Message, Mixture
+from skipllm_core.demo.data.dialogues import DialogueMaker, Message, Mixture
 
 SEED = 1_000_003  # not one of training's
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from skipllm_core.demo import tables
-from skipllm_core.demo.words import listed
+from skipllm_core.demo.data import tables
+from skipllm_core.demo.data.words import listed
 
 # Other names that people use in questions; the answers keep to the first.
 ALIASES = {

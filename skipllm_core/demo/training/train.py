@@ -1,4 +1,4 @@
-"""Trains the model: ``python -m skipllm_core.demo.train --out DIR [--resume] [--decay N]``.
+"""Training: ``python -m skipllm_core.demo.training.train --out DIR [--resume] [--decay N]``.
 
 Plain next-token training on the assistant's words; no dropout and nothing that favours skipping.
 The rate warms up and stays constant; ``--decay N`` takes N more steps from the rate at hand down to
@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from skipllm_core.demo.batches import Batch, make_batch
-from skipllm_core.demo.evaluate import accuracies
-from skipllm_core.demo.export import export
-from skipllm_core.demo.muon import StackedMuon
-from skipllm_core.demo.tokenizer import VOCAB_SIZE, Renderer, load_tokenizer, train_tokenizer
+from skipllm_core.demo.training.batches import Batch, make_batch
+from skipllm_core.demo.training.evaluate import accuracies
+from skipllm_core.demo.training.export import export
+from skipllm_core.demo.training.muon import StackedMuon
+from skipllm_core.demo.training.tokenizer import (
+    VOCAB_SIZE,
+    Renderer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 
 @dataclass(frozen=True, slots=True)

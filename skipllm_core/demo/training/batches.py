@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipllm_core.demo.dialogues import DialogueMaker
-from skipllm_core.demo.tokenizer import Renderer
+from skipllm_core.demo.data.dialogues import DialogueMaker
+from skipllm_core.demo.training.tokenizer import Renderer
 
 
 @dataclass(frozen=True, slots=True)

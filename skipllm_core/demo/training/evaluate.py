@@ -1,4 +1,4 @@
-"""Held-out accuracy per kind: ``python -m skipllm_core.demo.evaluate DIR [--write FILE]``."""
+"""Accuracy per kind: ``python -m skipllm_core.demo.training.evaluate DIR [--write FILE]``."""
 
 import argparse
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from skipllm_core.demo.heldout import KINDS, HeldOut, held_out_set, is_right
-from skipllm_core.demo.tokenizer import load_tokenizer
+from skipllm_core.demo.data.heldout import KINDS, HeldOut, held_out_set, is_right
+from skipllm_core.demo.training.tokenizer import load_tokenizer
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The skip policies beside each other: ``python -m skipllm_core.demo.policies``.
+"""The skip policies beside each other: ``python -m skipllm_core.demo.training.policies``.
 
 What each of them does to the embedded model's next-token distributions, on the full model's text
 (KL, top-1 agreement, perplexity), over the calibration prompts that were held out. Finer than
@@ -24,7 +24,7 @@ from skipllm_core.calibration.probe import Probe
 from skipllm_core.calibration.work import Work
 from skipllm_core.config import EngineConfig
 from skipllm_core.demo import MODEL_DIR
-from skipllm_core.demo.prompts import prompts
+from skipllm_core.demo.data.prompts import prompts
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip

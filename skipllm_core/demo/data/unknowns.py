@@ -2,10 +2,10 @@
 
 import random
 
-from skipllm_core.demo.facts import Fact, all_facts
-from skipllm_core.demo.questions import fields, held_out_templates, train_templates
-from skipllm_core.demo.relations import RELATIONS
-from skipllm_core.demo.words import capitalised, listed, pseudo_word
+from skipllm_core.demo.data.facts import Fact, all_facts
+from skipllm_core.demo.data.questions import fields, held_out_templates, train_templates
+from skipllm_core.demo.data.relations import RELATIONS
+from skipllm_core.demo.data.words import capitalised, listed, pseudo_word
 
 ANSWER = "I'm sorry, I don't know that."
 
