@@ -17,10 +17,10 @@ from starlette.types import Receive
 
 from server.errors import ClientDisconnectedError, json_response, log_failure, reply_to
 from server.generation import Choice, Delta, Generation
+from server.protocol.answers import usage
 from server.protocol.base import StreamOptions
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
-from server.protocol.responses import usage
 from server.protocol.sampling import check_combinations, to_sampling_params, to_skip_params
 from server.service import Service
 from server.sse import DONE, event, event_stream

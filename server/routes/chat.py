@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from server.errors import HTTPError
 from server.generation import Delta
+from server.protocol.answers import chat_logprobs
 from server.protocol.chat import ChatRequest
-from server.protocol.responses import chat_logprobs
 from server.routes.answering import answer, refuse_early, submit, unless_disconnected
 from server.routes.strict import StrictRouter
 from server.service import Service

@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from server.errors import HTTPError
 from server.generation import Delta
+from server.protocol.answers import completion_logprobs
 from server.protocol.completions import CompletionRequest, Prompt
-from server.protocol.responses import completion_logprobs
 from server.routes.answering import answer, refuse_early, submit, unless_disconnected
 from server.routes.strict import StrictRouter
 from server.service import Service
