@@ -10,6 +10,7 @@ from server.errors import HTTPError
 from server.guard import CLIENT_LEFT
 from server.lifecycle import Lifecycle
 from server.metrics import RequestMetrics
+from server.parts import AnswerParser, Content, EndReason, Part, ToolCallBegin, Usage
 from skipllm_core.client import RequestStream
 from skipllm_core.detokenizer import Detokenizer
 from skipllm_core.errors import SkipLLMError
@@ -23,64 +24,79 @@ class SequenceFailedError(SkipLLMError):
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What came anew for one choice. Tokens whose text is held back come with that text, so
-    `text`, `logprobs` and the rest belong together; all are empty while it is held."""
+    `parts`, `logprobs` and the rest belong together; all are empty while it is held."""
 
     index: int
-    text: str = ""
+    parts: tuple[Part, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()  # of the tokens that are text
     skipped_layers: tuple[tuple[int, ...], ...] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
+
+    @property
+    def text(self) -> str:
+        """The content among the parts."""
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
 
 
 class Choice:
-    """One sequence and its text."""
+    """One sequence and what its text says."""
 
-    def __init__(self, index: int, stream: RequestStream, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self, index: int, stream: RequestStream, detokenizer: Detokenizer, parser: AnswerParser
+    ) -> None:
         self.stream = stream
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0  # of its prompt
         self.skip_usage = SkipUsage()
         self.finish_reason: FinishReason | None = None
+        self._has_tool_calls = False
         self._index = index
         self._detokenizer = detokenizer
+        self._parser = parser
         self._held: list[SeqOutput] = []
 
     def take(self, output: SeqOutput) -> tuple[SeqOutput, Delta]:
         """Adds an output; returns it, cut after a stop string, and what it means for the client."""
-        text, num_taken = self._read(output)
+        parts, num_taken = self._read(output)
         if self._detokenizer.stopped_by is not None:
             self.stream.close()
             output = _cut(output, num_taken)
         elif output.finish_reason is not None:
-            text += self._detokenizer.flush()
+            parts += self._parser.feed(self._detokenizer.flush())
+        if output.finish_reason is not None:
+            parts += self._parser.finish()
         self.num_tokens += len(output.token_ids)
         if output.num_cached_tokens is not None:
             self.num_cached_tokens = output.num_cached_tokens
         self.skip_usage = output.skip_usage or self.skip_usage
         self.finish_reason = output.finish_reason
+        self._has_tool_calls |= any(isinstance(part, ToolCallBegin) for part in parts)
         self._held.append(output)
-        if not text and output.finish_reason is None:
+        if not parts and output.finish_reason is None:
             return output, Delta(self._index)
         held, self._held = self._held, []
+        has_called = output.finish_reason == "stop" and self._has_tool_calls
         return output, Delta(
             self._index,
-            text,
+            tuple(parts),
             tuple(i for part in held for i in part.token_ids),
             tuple(pair for part in held for pair in _logprobs_of_text(part)),
             tuple(layers for part in held for layers in part.skipped_layers),
-            output.finish_reason,
+            "tool_calls" if has_called else output.finish_reason,
         )
 
-    def _read(self, output: SeqOutput) -> tuple[str, int]:
-        """The text released, and how many tokens there are up to a stop string's end."""
+    def _read(self, output: SeqOutput) -> tuple[list[Part], int]:
+        """The parts released, and how many tokens there are up to a stop string's end."""
         num_text_tokens = len(output.token_ids) - (output.stop_token_id is not None)
-        text = ""
+        parts: list[Part] = []
         for position, token_id in enumerate(output.token_ids[:num_text_tokens]):
-            text += self._detokenizer.add(token_id)
+            self.num_reasoning_tokens += self._parser.is_reasoning
+            parts += self._parser.feed(self._detokenizer.add(token_id))
             if self._detokenizer.stopped_by is not None:
-                return text, position + 1
-        return text, len(output.token_ids)
+                return parts, position + 1
+        return parts, len(output.token_ids)
 
 
 class Generation:
@@ -108,10 +124,21 @@ class Generation:
         lifecycle.begin(self)
 
     @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens that were cached. A prompt counts once, as in `num_prompt_tokens`: with
-        what its first choice found, as the others may find what that one has just computed."""
-        return sum(choice.num_cached_tokens for choice in self.choices[:: self._n])
+    def usage(self) -> Usage:
+        """So far. A prompt counts once, its cached tokens with what its first choice found: the
+        others may find what that one has just computed."""
+        skips = [choice.skip_usage for choice in self.choices]
+        return Usage(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=sum(c.num_cached_tokens for c in self.choices[:: self._n]),
+            num_generated_tokens=sum(choice.num_tokens for choice in self.choices),
+            num_reasoning_tokens=sum(choice.num_reasoning_tokens for choice in self.choices),
+            skip=SkipUsage(
+                skipped_ffn_blocks=sum(skip.skipped_ffn_blocks for skip in skips),
+                total_ffn_blocks=sum(skip.total_ffn_blocks for skip in skips),
+                warmup_tokens=sum(skip.warmup_tokens for skip in skips),
+            ),
+        )
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """One delta for each output of the engine, empty ones included."""
@@ -150,7 +177,9 @@ class Generation:
         self._lifecycle.end(self)
 
     def _finished(self, status: int, reason: FinishReason, error: str | None = None) -> None:
-        self._recorder.finished(status, reason, error, num_cached_tokens=self.num_cached_tokens)
+        self._recorder.finished(
+            status, reason, error, num_cached_tokens=self.usage.num_cached_tokens
+        )
 
     def _close_streams(self) -> None:
         for choice in self.choices:

@@ -99,7 +99,8 @@ FLOORS = {
         {"bench", "evals"},
     ),
     "server": (
-        {"protocol", "settings"},
+        {"parts", "settings"},
+        {"protocol"},
         {"errors", "logs", "settings_sources"},
         {"lifecycle", "metrics", "sse"},
         {"guard", "service"},

@@ -5,41 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from server.parts import Usage
 from skipllm_core.tokenizer import Tokenizer
 from skipllm_core.types import SkipUsage, TokenLogprobs
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
 
-def usage(
-    num_prompt_tokens: int,
-    num_generated_tokens: int,
-    skips: Iterable[SkipUsage] = (),
-    *,
-    num_cached_tokens: int = 0,
-) -> dict[str, Any]:
-    """The `usage` block; `skips` of all the request's sequences are added up. Cached tokens are
-    those prompt tokens whose K/V an earlier request had computed."""
-    skips = list(skips)
-    skip = SkipUsage(
-        skipped_ffn_blocks=sum(skip.skipped_ffn_blocks for skip in skips),
-        total_ffn_blocks=sum(skip.total_ffn_blocks for skip in skips),
-        warmup_tokens=sum(skip.warmup_tokens for skip in skips),
-    )
-    block: dict[str, Any] = {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_generated_tokens,
-        "total_tokens": num_prompt_tokens + num_generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+def skip_block(skip: SkipUsage) -> dict[str, Any]:
+    """The `skip` object of every endpoint's usage."""
+    return {
+        "token_skip_ratio": skip.token_skip_ratio,
+        "skipped_ffn_blocks": skip.skipped_ffn_blocks,
+        "total_ffn_blocks": skip.total_ffn_blocks,
+        "warmup_tokens": skip.warmup_tokens,
     }
-    if skips:
-        block["skip"] = {
-            "token_skip_ratio": skip.token_skip_ratio,
-            "skipped_ffn_blocks": skip.skipped_ffn_blocks,
-            "total_ffn_blocks": skip.total_ffn_blocks,
-            "warmup_tokens": skip.warmup_tokens,
-        }
-    return block
+
+
+def usage_block(usage: Usage) -> dict[str, Any]:
+    """The `usage` object of chats and completions."""
+    return {
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_generated_tokens,
+        "total_tokens": usage.num_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "skip": skip_block(usage.skip),
+    }
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

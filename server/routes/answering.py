@@ -6,7 +6,14 @@ refuse -> encode -> submit -> first output of the engine -> 200 -> events, or on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -15,37 +22,47 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from server.errors import ClientDisconnectedError, json_response, log_failure, reply_to
+from server.errors import (
+    ClientDisconnectedError,
+    ErrorReply,
+    json_response,
+    log_failure,
+    reply_to,
+)
 from server.generation import Choice, Delta, Generation
-from server.protocol.answers import usage
-from server.protocol.base import StreamOptions
+from server.parts import AnswerParser, PlainParser
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
 from server.protocol.sampling import check_combinations, to_sampling_params, to_skip_params
 from server.service import Service
-from server.sse import DONE, event, event_stream
+from server.sse import event_stream
 from skipllm_core.detokenizer import Detokenizer
 
 T = TypeVar("T")
 
 
 class AnswerForm(Protocol):
-    """How an endpoint words its answer. Implementations: chat, completions."""
-
-    def opening(self) -> Iterator[dict[str, Any]]:
-        """The chunks before the first text."""
-        ...
-
-    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        """The chunks of a delta that has text or ends a choice."""
-        ...
-
-    def usage_chunk(self) -> dict[str, Any]:
-        """A chunk without choices, to which the usage is added."""
-        ...
+    """How an endpoint words its answer, in one or as events. Implementations: one for each of the
+    endpoints that generate."""
 
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
-        """The answer in one, without usage; one joined delta for each choice."""
+        """The answer in one; one joined delta for each choice."""
+        ...
+
+    def opening(self) -> Iterator[bytes]:
+        """The events before the first delta."""
+        ...
+
+    def events(self, delta: Delta) -> Iterator[bytes]:
+        """The events of a delta that has parts or ends a choice."""
+        ...
+
+    def closing(self) -> Iterator[bytes]:
+        """The events after the last delta, the one that says so included."""
+        ...
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The event of a failure after the first event; nothing follows it."""
         ...
 
 
@@ -62,6 +79,7 @@ def submit(
     http: Request,
     request: ChatRequest | CompletionRequest,
     prompts: Sequence[list[int]],
+    new_parser: Callable[[], AnswerParser] = PlainParser,
 ) -> Generation:
     """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed."""
     skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
@@ -86,7 +104,7 @@ def submit(
     recorder.submitted(num_prompt_tokens)
     return Generation(
         [
-            Choice(index, stream, _detokenizer(service, request))
+            Choice(index, stream, _detokenizer(service, request), new_parser())
             for index, stream in enumerate(streams)
         ],
         n=request.n or 1,
@@ -97,15 +115,12 @@ def submit(
 
 
 async def answer(
-    http: Request,
-    request: ChatRequest | CompletionRequest,
-    generation: Generation,
-    form: AnswerForm,
+    http: Request, generation: Generation, form: AnswerForm, *, stream: bool
 ) -> Response:
     """The response. Until the engine's first output, failures still have a status of their own."""
     deltas = generation.deltas()
     try:
-        if not request.stream:
+        if not stream:
             return await unless_disconnected(http.receive, _whole(generation, deltas, form))
         first = await unless_disconnected(http.receive, anext(deltas))
     except BaseException as error:
@@ -114,11 +129,8 @@ async def answer(
             generation.fail(reply.status, reply.message)
         generation.close()
         raise
-    options = request.stream_options or StreamOptions()
     # A client that leaves while an event is being sent reaches only the background task.
-    return event_stream(
-        _events(generation, first, deltas, form, options), BackgroundTask(generation.close)
-    )
+    return event_stream(_events(generation, first, deltas, form), BackgroundTask(generation.close))
 
 
 async def _whole(
@@ -129,38 +141,27 @@ async def _whole(
         parts[delta.index].append(delta)
     content = form.whole([_joined(part) for part in parts])
     generation.succeed()
-    return json_response(content | {"usage": _usage(generation)})
+    return json_response(content)
 
 
 async def _events(
-    generation: Generation,
-    first: Delta,
-    rest: AsyncIterator[Delta],
-    form: AnswerForm,
-    options: StreamOptions,
+    generation: Generation, first: Delta, rest: AsyncIterator[Delta], form: AnswerForm
 ) -> AsyncGenerator[bytes, None]:
-    def chunk_event(chunk: dict[str, Any]) -> bytes:
-        if options.include_usage:
-            so_far = _usage(generation) if options.continuous_usage_stats else None
-            chunk["usage"] = so_far
-        return event(chunk)
-
     try:
-        for chunk in form.opening():
-            yield chunk_event(chunk)
+        for event in form.opening():
+            yield event
         async for delta in _chained(first, rest):
-            if delta.text or delta.finish_reason:
-                for chunk in form.chunks(delta):
-                    yield chunk_event(chunk)
-        if options.include_usage:
-            yield event(form.usage_chunk() | {"usage": _usage(generation)})
+            if delta.parts or delta.finish_reason:
+                for event in form.events(delta):
+                    yield event
         generation.succeed()  # before the client knows, who may ask for the metrics next
-        yield DONE
+        for event in form.closing():
+            yield event
     except Exception as error:
         log_failure(error)
         reply = reply_to(error)
         generation.fail(200, reply.message)
-        yield event(reply.body)
+        yield form.failure(reply)
     finally:
         generation.close()
 
@@ -175,21 +176,11 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
     last = deltas[-1]
     return Delta(
         last.index,
-        "".join(delta.text for delta in deltas),
+        tuple(part for delta in deltas for part in delta.parts),
         tuple(i for delta in deltas for i in delta.token_ids),
         tuple(pair for delta in deltas for pair in delta.logprobs),
         tuple(layers for delta in deltas for layers in delta.skipped_layers),
         last.finish_reason,
-    )
-
-
-def _usage(generation: Generation) -> dict[str, Any]:
-    choices = generation.choices
-    return usage(
-        generation.num_prompt_tokens,
-        sum(choice.num_tokens for choice in choices),
-        [choice.skip_usage for choice in choices],
-        num_cached_tokens=generation.num_cached_tokens,
     )
 
 

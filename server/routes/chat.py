@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from server.errors import HTTPError
-from server.generation import Delta
-from server.protocol.answers import chat_logprobs
+from server.errors import ErrorReply, HTTPError
+from server.generation import Delta, Generation
+from server.protocol.answers import chat_logprobs, usage_block
 from server.protocol.chat import ChatRequest
 from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
 from skipllm_core.errors import ContextLengthError
@@ -26,14 +27,22 @@ router = StrictRouter()
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     service: Service = request.app.state.service
+    prompt_ids, generation = await begin_chat(service, request, body)
+    form = ChatForm(service, body, prompt_ids, generation)
+    return await answer(request, generation, form, stream=bool(body.stream))
+
+
+async def begin_chat(
+    service: Service, http: Request, body: ChatRequest
+) -> tuple[list[int], Generation]:
+    """A chat's prompt, and its generation under way. Every endpoint that chats begins here."""
     refuse_early(service, body)
     try:
-        prompt_ids = await unless_disconnected(request.receive, encode_chat(service, body))
-        generation = submit(service, request, body, [prompt_ids])
+        prompt_ids = await unless_disconnected(http.receive, encode_chat(service, body))
+        return prompt_ids, submit(service, http, body, [prompt_ids])
     except ContextLengthError as error:
         message = error.message_for("messages")
         raise HTTPError(400, message, param="messages", code=error.code) from None
-    return await answer(request, body, generation, ChatForm(service, body, prompt_ids))
 
 
 async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
@@ -51,10 +60,13 @@ async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
 
 
 class ChatForm:
-    def __init__(self, service: Service, body: ChatRequest, prompt_ids: list[int]) -> None:
+    def __init__(
+        self, service: Service, body: ChatRequest, prompt_ids: list[int], generation: Generation
+    ) -> None:
         self._tokenizer = service.tokenizer
         self._body = body
         self._prompt_ids = prompt_ids
+        self._generation = generation
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{body.request_id or uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -62,28 +74,7 @@ class ChatForm:
             "model": service.model_name,
             "system_fingerprint": service.fingerprint,
         }
-
-    def opening(self) -> Iterator[dict[str, Any]]:
-        for index in range(self._body.n or 1):
-            chunk = self._chunk(index, {"role": "assistant", "content": ""})
-            if self._body.return_token_ids and index == 0:
-                chunk["prompt_token_ids"] = self._prompt_ids
-            yield chunk
-
-    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        if delta.text:
-            chunk = self._chunk(delta.index, {"content": delta.text})
-        else:  # its last tokens, which have no text
-            chunk = self._chunk(delta.index, {}, delta.finish_reason)
-        self._add_details(chunk["choices"][0], delta)
-        if delta.skipped_layers:
-            chunk["skip"] = {"skipped_layers": delta.skipped_layers}
-        yield chunk
-        if delta.text and delta.finish_reason is not None:
-            yield self._chunk(delta.index, {}, delta.finish_reason)
-
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head, "choices": []}
+        self._stream = ChunkStream(self._head, generation, body.stream_options)
 
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
         choices = []
@@ -98,21 +89,42 @@ class ChatForm:
             if delta.skipped_layers:
                 choice["skip"] = {"skipped_layers": delta.skipped_layers}
             choices.append(choice)
-        content = {**self._head, "choices": choices}
+        content = {**self._head, "choices": choices, "usage": usage_block(self._generation.usage)}
         if self._body.return_token_ids:
             content["prompt_token_ids"] = self._prompt_ids
         return content
 
-    def _chunk(
-        self, index: int, delta: dict[str, str], finish_reason: str | None = None
+    def opening(self) -> Iterator[bytes]:
+        for index in range(self._body.n or 1):
+            more: dict[str, Any] = {}
+            if self._body.return_token_ids and index == 0:
+                more["prompt_token_ids"] = self._prompt_ids
+            choice = self._choice(index, {"role": "assistant", "content": ""})
+            yield self._stream.chunk(choice, **more)
+
+    def events(self, delta: Delta) -> Iterator[bytes]:
+        if delta.text:
+            choice = self._choice(delta.index, {"content": delta.text})
+        else:  # its last tokens, which have no text
+            choice = self._choice(delta.index, {}, delta.finish_reason)
+        self._add_details(choice, delta)
+        more: dict[str, Any] = {}
+        if delta.skipped_layers:
+            more["skip"] = {"skipped_layers": delta.skipped_layers}
+        yield self._stream.chunk(choice, **more)
+        if delta.text and delta.finish_reason is not None:
+            yield self._stream.chunk(self._choice(delta.index, {}, delta.finish_reason))
+
+    def closing(self) -> Iterator[bytes]:
+        return self._stream.closing()
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        return failure(reply)
+
+    def _choice(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": finish_reason,
-        }
-        return {**self._head, "choices": [choice]}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
     def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
         if self._body.logprobs:

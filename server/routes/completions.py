@@ -12,11 +12,13 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from server.errors import HTTPError
-from server.generation import Delta
-from server.protocol.answers import completion_logprobs
+from server.errors import ErrorReply, HTTPError
+from server.generation import Delta, Generation
+from server.parts import Content
+from server.protocol.answers import completion_logprobs, usage_block
 from server.protocol.completions import CompletionRequest, Prompt
 from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
 from skipllm_core.errors import ContextLengthError
@@ -35,7 +37,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         generation = submit(service, request, body, prompts)
     except ContextLengthError as error:
         raise HTTPError(400, str(error), param="prompt", code=error.code) from None
-    return await answer(request, body, generation, CompletionForm(service, body, prompts))
+    form = CompletionForm(service, body, prompts, generation)
+    return await answer(request, generation, form, stream=bool(body.stream))
 
 
 async def _encode(service: Service, body: CompletionRequest, prompt: Prompt) -> list[int]:
@@ -50,33 +53,43 @@ async def _encode(service: Service, body: CompletionRequest, prompt: Prompt) -> 
 
 class CompletionForm:
     def __init__(
-        self, service: Service, body: CompletionRequest, prompts: Sequence[list[int]]
+        self,
+        service: Service,
+        body: CompletionRequest,
+        prompts: Sequence[list[int]],
+        generation: Generation,
     ) -> None:
         self._tokenizer = service.tokenizer
         self._body = body
         self._prompts = prompts
-        self._head = {
+        self._generation = generation
+        self._head: dict[str, Any] = {
             "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.model_name,
             "system_fingerprint": service.fingerprint,
         }
+        self._stream = ChunkStream(self._head, generation, body.stream_options)
         self._num_chars = [0] * len(prompts) * (body.n or 1)  # of each choice's text so far
 
-    def opening(self) -> Iterator[dict[str, Any]]:
+    def opening(self) -> Iterator[bytes]:
         if self._body.echo:
             for index in range(len(self._num_chars)):
-                yield self._chunk(self._choice(Delta(index, self._echoed(index))))
+                echoed = Delta(index, (Content(self._echoed(index)),))
+                yield self._stream.chunk(self._choice(echoed))
 
-    def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        chunk = self._chunk(self._choice(delta))
+    def events(self, delta: Delta) -> Iterator[bytes]:
+        more: dict[str, Any] = {}
         if delta.skipped_layers:
-            chunk["skip"] = {"skipped_layers": delta.skipped_layers}
-        yield chunk
+            more["skip"] = {"skipped_layers": delta.skipped_layers}
+        yield self._stream.chunk(self._choice(delta), **more)
 
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**self._head, "choices": []}
+    def closing(self) -> Iterator[bytes]:
+        return self._stream.closing()
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        return failure(reply)
 
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
         choices = []
@@ -89,7 +102,7 @@ class CompletionForm:
             if self._body.return_token_ids:
                 choice["prompt_token_ids"] = self._prompt_ids(delta.index)
             choices.append(choice)
-        return {**self._head, "choices": choices}
+        return {**self._head, "choices": choices, "usage": usage_block(self._generation.usage)}
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -105,9 +118,6 @@ class CompletionForm:
             choice["token_ids"] = delta.token_ids
         self._num_chars[delta.index] += len(delta.text)
         return choice
-
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [choice]}
 
     def _prompt_ids(self, index: int) -> list[int]:
         return self._prompts[index // (self._body.n or 1)]
