@@ -72,6 +72,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
@@ -86,7 +87,7 @@ class ChatTemplate:
         try:
             text = self._template.render(
                 messages=marked,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,

@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
 
     eos_token_ids: tuple[int, ...]  # end a sequence unless the request ignores them
     max_token_chars: int  # no token spells more characters than this
+    chat_template: str | None  # its source
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a raw prompt. Control tokens spelled in it are control tokens."""
@@ -28,12 +29,14 @@ class Tokenizer(Protocol):
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> list[int]:
-        """Ids of a chat under the model's template. Control tokens spelled in the messages stay
-        plain text. Raises InvalidRequestError where the template refuses the messages."""
+        """Ids of a chat under the model's template, which is given `tools` as they are. Control
+        tokens spelled in the messages stay plain text. Raises InvalidRequestError where the
+        template refuses the messages."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
@@ -70,7 +73,8 @@ class HFTokenizer:
         self._piece_bytes = _piece_decoder(self._tokenizer, path)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
         self.eos_token_ids = self._find_eos_ids(model_dir, config)
-        self._chat_template = self._load_chat_template(model_dir, config)
+        self.chat_template = _template_source(model_dir, config)
+        self._chat_template = self._compile(self.chat_template, config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -80,6 +84,7 @@ class HFTokenizer:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
@@ -90,6 +95,7 @@ class HFTokenizer:
             )
         pieces = self._chat_template.render(
             messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             options=options,
@@ -121,13 +127,7 @@ class HFTokenizer:
             ids.update(i for i in _as_list(found) if type(i) is int and i >= 0)
         return tuple(sorted(ids))
 
-    def _load_chat_template(
-        self, model_dir: Path, config: Mapping[str, Any]
-    ) -> ChatTemplate | None:
-        jinja_file = model_dir / "chat_template.jinja"
-        source = template_of(
-            config, jinja_file.read_text("utf-8") if jinja_file.is_file() else None
-        )
+    def _compile(self, source: str | None, config: Mapping[str, Any]) -> ChatTemplate | None:
         if source is None:
             return None
         variables = {
@@ -149,6 +149,7 @@ class ByteTokenizer:
     BOS, EOS = 256, 257
     eos_token_ids: tuple[int, ...] = (EOS,)
     max_token_chars = 1
+    chat_template = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [self.BOS] * add_special_tokens + list(text.encode())
@@ -157,6 +158,7 @@ class ByteTokenizer:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
@@ -207,6 +209,11 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(0x100 + index): byte for index, byte in enumerate(others)
     }
+
+
+def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
+    jinja_file = model_dir / "chat_template.jinja"
+    return template_of(config, jinja_file.read_text("utf-8") if jinja_file.is_file() else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
