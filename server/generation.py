@@ -30,6 +30,7 @@ class Delta:
     parts: tuple[Part, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()  # of the tokens that are text
+    text_offsets: tuple[int, ...] = ()  # of the same tokens: whole characters before each
     skipped_layers: tuple[tuple[int, ...], ...] = ()
     finish_reason: EndReason | None = None
 
@@ -56,6 +57,7 @@ class Choice:
         self._detokenizer = detokenizer
         self._parser = parser
         self._held: list[SeqOutput] = []
+        self._held_offsets: list[int] = []
 
     def take(self, output: SeqOutput) -> tuple[SeqOutput, Delta]:
         """Adds an output; returns it, cut after a stop string, and what it means for the client."""
@@ -77,12 +79,14 @@ class Choice:
         if not parts and output.finish_reason is None:
             return output, Delta(self._index)
         held, self._held = self._held, []
+        offsets, self._held_offsets = self._held_offsets, []
         has_called = output.finish_reason == "stop" and self._has_tool_calls
         return output, Delta(
             self._index,
             tuple(parts),
             tuple(i for part in held for i in part.token_ids),
             tuple(pair for part in held for pair in _logprobs_of_text(part)),
+            tuple(offsets),
             tuple(layers for part in held for layers in part.skipped_layers),
             "tool_calls" if has_called else output.finish_reason,
         )
@@ -92,6 +96,7 @@ class Choice:
         num_text_tokens = len(output.token_ids) - (output.stop_token_id is not None)
         parts: list[Part] = []
         for position, token_id in enumerate(output.token_ids[:num_text_tokens]):
+            self._held_offsets.append(self._detokenizer.num_chars)
             self.num_reasoning_tokens += self._parser.is_reasoning
             parts += self._parser.feed(self._detokenizer.add(token_id))
             if self._detokenizer.stopped_by is not None:

@@ -30,6 +30,7 @@ class Detokenizer:
         min_tokens: int = 0,
     ) -> None:
         self.stopped_by: str | None = None  # the stop string found; nothing follows it
+        self.num_chars = 0  # whole characters so far, held ones included
         self._tokenizer = tokenizer
         self._stop = stop
         self._include_stop = include_stop
@@ -45,6 +46,7 @@ class Detokenizer:
             text = ""
         else:
             text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self.num_chars += len(text)
         if self._num_unsearched > 0:
             self._num_unsearched -= 1
             return text

@@ -60,22 +60,23 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[tuple[int, TokenLogprobs]], offset: int
+    tokenizer: Tokenizer,
+    tokens: Sequence[tuple[int, TokenLogprobs]],
+    text_offsets: Sequence[int],
 ) -> dict[str, Any]:
-    """The legacy object; `offset` is where the first token's text begins."""
-    texts, offsets, top_logprobs = [], [], []
+    """The legacy object. A token's offset counts the whole characters before it: tokens that are
+    parts of one character share theirs."""
+    texts, top_logprobs = [], []
     for token_id, found in tokens:
         text = token_text(tokenizer, token_id)
         texts.append(text)
-        offsets.append(offset)
-        offset += len(text)
         top = {token_text(tokenizer, i): max(value, _LOWEST_LOGPROB) for i, value in _top(found)}
         top_logprobs.append(top | {text: max(found.logprob, _LOWEST_LOGPROB)})
     return {
         "tokens": texts,
         "token_logprobs": [max(found.logprob, _LOWEST_LOGPROB) for _, found in tokens],
         "top_logprobs": top_logprobs,
-        "text_offset": offsets,
+        "text_offset": list(text_offsets),
     }
 
 

@@ -179,6 +179,7 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         tuple(part for delta in deltas for part in delta.parts),
         tuple(i for delta in deltas for i in delta.token_ids),
         tuple(pair for delta in deltas for pair in delta.logprobs),
+        tuple(offset for delta in deltas for offset in delta.text_offsets),
         tuple(layers for delta in deltas for layers in delta.skipped_layers),
         last.finish_reason,
     )

@@ -71,11 +71,10 @@ class CompletionForm:
             "system_fingerprint": service.fingerprint,
         }
         self._stream = ChunkStream(self._head, generation, body.stream_options)
-        self._num_chars = [0] * len(prompts) * (body.n or 1)  # of each choice's text so far
 
     def opening(self) -> Iterator[bytes]:
         if self._body.echo:
-            for index in range(len(self._num_chars)):
+            for index in range(len(self._prompts) * (self._body.n or 1)):
                 echoed = Delta(index, (Content(self._echoed(index)),))
                 yield self._stream.chunk(self._choice(echoed))
 
@@ -112,11 +111,11 @@ class CompletionForm:
             "finish_reason": delta.finish_reason,
         }
         if self._body.logprobs is not None:
-            offset = self._num_chars[delta.index]
-            choice["logprobs"] = completion_logprobs(self._tokenizer, delta.logprobs, offset)
+            choice["logprobs"] = completion_logprobs(
+                self._tokenizer, delta.logprobs, delta.text_offsets
+            )
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        self._num_chars[delta.index] += len(delta.text)
         return choice
 
     def _prompt_ids(self, index: int) -> list[int]:

@@ -320,6 +320,24 @@ async def test_streamed_logprobs_come_with_their_text(opinionated: Server) -> No
     assert tokens == ["b", "c", "d", "e", "f"]
 
 
+async def test_text_offsets_count_the_characters_of_the_text_streamed_and_whole() -> None:
+    written = "é🚀a".encode()
+
+    def write(seq: Sequence) -> int:
+        return written[seq.num_output_tokens % len(written)]
+
+    body = {"max_tokens": 10, "logprobs": 0, "stop": "zz"}
+    async with running(write, runner_type=Opinionated) as server:
+        whole = (await server.complete("x", **body)).json()["choices"][0]
+        reply = await server.complete("x", stream=True, **body)
+    assert whole["text"] == "é🚀aé"  # the last character is not finished
+    assert whole["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 1, 2, 3, 3, 4]
+    choices = [chunk["choices"][0] for chunk in events(reply.text)]
+    assert [o for choice in choices for o in choice["logprobs"]["text_offset"]] == (
+        whole["logprobs"]["text_offset"]
+    )
+
+
 async def test_token_ids_are_returned_when_asked_for(server: Server) -> None:
     prompt_ids = ByteTokenizer().encode("user: a\nassistant: ")
     whole = (await server.chat("a", max_tokens=2, return_token_ids=True)).json()
