@@ -11,9 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from server.errors import on_invalid_body, on_routing_error
-from server.guard import Guard, Limits
+from server.guard import PUBLIC_PATHS, Guard, Limits
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.openapi import describe
 from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
 from server.routes import chat, completions, models, ops, tokenize
@@ -55,6 +56,7 @@ def build_app(
             RequestValidationError: on_invalid_body,
         },
     )
+    describe(app, public_paths=PUBLIC_PATHS, needs_key=bool(api_keys))
     app.state.lifecycle = lifecycle
     app.state.metrics = metrics
     app.state.service = Service(

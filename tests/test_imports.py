@@ -101,7 +101,7 @@ FLOORS = {
     "server": (
         {"parts", "settings"},
         {"protocol"},
-        {"errors", "logs", "settings_sources"},
+        {"errors", "logs", "openapi", "settings_sources"},
         {"lifecycle", "metrics", "sse"},
         {"guard", "service"},
         {"generation"},

@@ -19,7 +19,13 @@ _INT32 = 2**31 - 1
 class Wire(BaseModel):
     """A JSON object of a request. Unknown keys are kept, to be refused or named in the log."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        allow_inf_nan=False,
+        extra="allow",
+        frozen=True,
+        use_attribute_docstrings=True,  # the sentences of /openapi.json
+    )
 
 
 def wrong(kind: str, path: str, got: object, **context: object) -> PydanticCustomError:
@@ -54,9 +60,8 @@ def _logit_bias(value: Any) -> Any:
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-StopStrings = Annotated[
-    list[StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_as_list)
-]
+_StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+StopStrings = Annotated[_StopStrings, BeforeValidator(_as_list, StopString | _StopStrings)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -67,48 +72,81 @@ class SkipWish(Wire):
     model_config = ConfigDict(extra="forbid")
 
     policy: Literal["off", SkipPolicyName] | None = None
+    """What decides which FFN blocks are skipped; `off`, the same as `never`: none."""
     ratio: Ratio | None = None
+    """Share of FFN blocks to skip; the skip profile turns it into a threshold."""
     threshold: Ratio | None = None
+    """Cosine similarity from which a token skips; instead of a ratio."""
     warmup_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    """First generated tokens that are decoded in full."""
     max_skips: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    """FFN blocks that one token may skip at most."""
     budget_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    """Policy `early_exit`: generated tokens after which the exit is at its last layer."""
     trace: bool | None = None
+    """Whether chunks bear the layers that their tokens skipped."""
 
 
 class StreamOptions(Wire):
     include_usage: bool | None = None
+    """Whether a last chunk without choices tells the usage."""
     continuous_usage_stats: bool | None = None
+    """With include_usage: whether every chunk tells the usage so far."""
 
 
 class GenerationRequest(Wire):
     """What chat and completions have in common. `None` is the default, as in OpenAI's API."""
 
     model: str | None = None
+    """A name of the model; without one, the model that is served."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """How many answers to give to each prompt."""
     stream: bool | None = None
+    """Whether the answer comes as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
+    """What a stream tells besides; only with `stream`."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens to generate; what the context has no room for is clipped."""
     min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    """Tokens to generate before the answer may end."""
     stop: StopStrings | None = None
+    """A string, or up to 16, at which the answer ends; it is not part of the answer."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    """Tokens that end the answer, besides the model's own."""
     ignore_eos: bool | None = None
+    """Whether the model's own end tokens end nothing."""
     include_stop_str_in_output: bool | None = None
+    """Whether the stop string is part of the answer."""
     skip_special_tokens: bool | None = None
+    """Whether special tokens are left out of the text; they are by default."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """How far the choice of tokens is spread; 0 takes the likeliest."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Only the likeliest tokens whose probabilities add up to this are chosen from."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
+    """Only so many of the likeliest tokens are chosen from; 0 or -1: all."""
     min_p: Ratio | None = None
+    """Tokens less likely than this share of the likeliest one are not chosen."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken from the logits of tokens that the answer has already."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken from a token's logit once for every time that the answer has it."""
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    """Above 1, tokens of the prompt and the answer become less likely."""
     logit_bias: Annotated[
         tuple[tuple[int, float], ...] | None, BeforeValidator(_logit_bias, dict[str, float] | None)
     ] = None
+    """Added to logits: an object of token ids and numbers from -100 to 100."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    """The same seed and request give the same answer."""
 
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of the prompt to use: its last ones, or see truncation_side."""
     return_token_ids: bool | None = None
+    """Whether the answer tells the ids of its tokens and of the prompt's."""
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
+    """The end of the answer's `id`, for finding it again."""
     skip: SkipWish | None = None
+    """How FFN blocks are skipped for this request."""

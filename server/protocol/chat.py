@@ -33,10 +33,15 @@ def _join_parts(value: Any) -> Any:
 
 class ChatMessage(Wire):
     role: Literal["developer", "system", "user", "assistant", "tool"]
+    """Who speaks."""
     content: Annotated[str | None, BeforeValidator(_join_parts, str | list[Any] | None)] = None
+    """What is said: text, or an array of parts of the type `text`."""
     name: str | None = None
+    """The speaker's name, for templates that show it."""
     tool_call_id: str | None = None
+    """Of role `tool`: the call that is answered."""
     tool_calls: list[Any] | None = None
+    """Of role `assistant`: the calls that it made."""
 
     @model_validator(mode="after")
     def _is_something_we_can_render(self) -> ChatMessage:
@@ -56,7 +61,9 @@ class TemplateOptions(Wire):
     """The chat template's own switches that a request may set."""
 
     enable_thinking: bool | None = None
+    """Whether the model thinks before it answers, as Qwen's templates call it."""
     thinking: bool | None = None
+    """The same, as DeepSeek's templates call it."""
 
     @model_validator(mode="after")
     def _is_known(self) -> TemplateOptions:
@@ -67,12 +74,19 @@ class TemplateOptions(Wire):
 
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The conversation so far."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens to generate, as OpenAI calls it now; wins over max_tokens."""
     logprobs: bool | None = None
+    """Whether the answer tells the log probabilities of its tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """With logprobs: how many of the likeliest tokens to tell at each place."""
     add_generation_prompt: bool | None = None
+    """Whether the template opens the assistant's turn; it does by default."""
     continue_final_message: bool | None = None
+    """Whether the last message is continued, instead of answered."""
     chat_template_kwargs: TemplateOptions | None = None
+    """Switches of the model's chat template."""
 
     @property
     def messages_for_template(self) -> list[Message]:

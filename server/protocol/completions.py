@@ -49,9 +49,13 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         list[Any], BeforeValidator(_prompts, str | list[str] | list[int] | list[list[int]])
     ]
+    """A text, an array of texts, token ids, or an array of arrays of token ids."""
     add_special_tokens: bool | None = None
+    """Whether tokens as the begin of a sequence are added to a text; they are by default."""
     echo: bool | None = None
+    """Whether the answer begins with the prompt."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """How many of the likeliest tokens to tell at each place, besides the chosen one."""
 
     @property
     def prompts(self) -> list[Prompt]:

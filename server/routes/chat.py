@@ -13,8 +13,10 @@ from starlette.responses import Response
 
 from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
+from server.openapi import answers
 from server.protocol.answers import chat_logprobs, usage_block
 from server.protocol.chat import ChatRequest
+from server.protocol.schemas import ChatCompletion, ChatCompletionChunk
 from server.routes.answering import answer, refuse_early, submit, unless_disconnected
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
@@ -24,8 +26,9 @@ from skipllm_core.errors import ContextLengthError
 router = StrictRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", **answers(ChatCompletion, stream=ChatCompletionChunk))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answers a conversation, in one or, with `stream`, as it is generated."""
     service: Service = request.app.state.service
     prompt_ids, generation = await begin_chat(service, request, body)
     form = ChatForm(service, body, prompt_ids, generation)

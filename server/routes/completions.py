@@ -14,9 +14,11 @@ from starlette.responses import Response
 
 from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
+from server.openapi import answers
 from server.parts import Content
 from server.protocol.answers import completion_logprobs, usage_block
 from server.protocol.completions import CompletionRequest, Prompt
+from server.protocol.schemas import Completion, CompletionChunk
 from server.routes.answering import answer, refuse_early, submit, unless_disconnected
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
@@ -26,8 +28,9 @@ from skipllm_core.errors import ContextLengthError
 router = StrictRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", **answers(Completion, stream=CompletionChunk))
 async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continues one or more prompts, in one or, with `stream`, as it is generated."""
     service: Service = request.app.state.service
     refuse_early(service, body)
     try:

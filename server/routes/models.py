@@ -8,19 +8,23 @@ from fastapi import Request
 from starlette.responses import Response
 
 from server.errors import json_response
+from server.openapi import answers
+from server.protocol.schemas import ModelCard, ModelList
 from server.routes.strict import StrictRouter
 from server.service import Service
 
 router = StrictRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **answers(ModelList, errors=(503,)))
 async def list_models(request: Request) -> Response:
+    """Lists the model, under each of its names."""
     return json_response({"object": "list", "data": [_card(request.app.state.service)]})
 
 
-@router.get("/v1/models/{model_name:path}")
+@router.get("/v1/models/{model_name:path}", **answers(ModelCard, errors=(404, 503)))
 async def show_model(model_name: str, request: Request) -> Response:
+    """Tells about the model of one name."""
     service: Service = request.app.state.service
     service.check_model(model_name)
     return json_response(_card(service))

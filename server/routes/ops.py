@@ -10,6 +10,8 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 
 from server.errors import json_response
+from server.openapi import answers
+from server.protocol.schemas import Health, ServerInfo, Status, Version
 from server.routes.strict import StrictRouter
 from server.service import Service
 from skipllm_core.skip.profile import SkipProfile
@@ -17,42 +19,45 @@ from skipllm_core.skip.profile import SkipProfile
 router = StrictRouter()
 
 
-@router.get("/health")
+@router.get("/health", **answers(Health, red=Health))
 async def health(request: Request) -> Response:
-    """200 while the engine is ready; draining is no illness."""
+    """Tells with 200 that the engine is ready; draining is no illness."""
     found = _service(request).engine.health()
     status = 200 if found.state == "ready" else 503
     return json_response({"status": found.state, "detail": found.detail}, status)
 
 
-@router.get("/ready")
+@router.get("/ready", **answers(Status, red=Status))
 async def ready(request: Request) -> Response:
-    """200 while new requests are welcome: not while loading, restarting or draining."""
+    """Tells with 200 that new requests are welcome: not while loading, restarting or draining."""
     service = _service(request)
     state = service.engine.health().state
     status = "draining" if service.lifecycle.is_draining else state
     return json_response({"status": status}, 200 if status == "ready" else 503)
 
 
-@router.get("/live")
+@router.get("/live", **answers(Status))
 async def live() -> Response:
-    """200 while the process answers at all."""
+    """Tells with 200 that the process answers at all."""
     return json_response({"status": "alive"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", **answers(None, media_type="text/plain"))
 async def metrics(request: Request) -> Response:
+    """The metrics, in Prometheus' text format."""
     content = _service(request).metrics.render()
     return Response(content, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
-@router.get("/version")
+@router.get("/version", **answers(Version))
 async def version(request: Request) -> Response:
+    """The server's version."""
     return json_response({"version": _service(request).version})
 
 
-@router.get("/server_info")
+@router.get("/server_info", **answers(ServerInfo, errors=(503,)))
 async def server_info(request: Request) -> Response:
+    """The model, its limits, the skip policy and the skip profile."""
     service = _service(request)
     service.check_ready()
     profile = service.skip_profile

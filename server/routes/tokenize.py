@@ -10,9 +10,11 @@ from pydantic import Field
 from starlette.responses import Response
 
 from server.errors import json_response
+from server.openapi import answers
 from server.protocol.base import TokenId, Wire
 from server.protocol.chat import MAX_MESSAGES, ChatMessage, ChatRequest, TemplateOptions
 from server.protocol.sampling import check_token_ids
+from server.protocol.schemas import Text, Tokens
 from server.routes.chat import encode_chat
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -27,22 +29,33 @@ class TokenizeRequest(Wire):
     """Exactly one of `prompt`, `content` (the same) and `messages`."""
 
     model: str | None = None
+    """A name of the model; without one, the model that is served."""
     prompt: str | None = None
+    """A text, as /v1/completions reads it."""
     content: str | None = None
+    """The same as `prompt`, under llama.cpp's name."""
     messages: Messages | None = None
+    """A conversation, as /v1/chat/completions reads it."""
     add_special_tokens: bool = True
+    """Whether tokens as the begin of a sequence are added to a text."""
     add_generation_prompt: bool = True
+    """Whether the template opens the assistant's turn."""
     continue_final_message: bool = False
+    """Whether the last message is left open."""
     chat_template_kwargs: TemplateOptions | None = None
+    """Switches of the model's chat template."""
 
 
 class DetokenizeRequest(Wire):
     model: str | None = None
+    """A name of the model; without one, the model that is served."""
     tokens: list[TokenId]
+    """The token ids to spell."""
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **answers(Tokens))
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+    """Tells the tokens of a text or a conversation."""
     service: Service = request.app.state.service
     service.check_ready()
     service.check_model(body.model)
@@ -77,8 +90,9 @@ async def _encode(service: Service, body: TokenizeRequest) -> list[int]:
     return await service.encode(len(text), encode)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", **answers(Text))
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """Tells the text of tokens."""
     service: Service = request.app.state.service
     service.check_ready()
     service.check_model(body.model)
