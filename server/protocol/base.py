@@ -1,31 +1,21 @@
-"""The wire models' common ground: strict types, finite numbers, and the parameters that chat and
-completions share. Bounds stand in the types; `validation.py` words what they refuse."""
+"""The parameters that chat and completions share. Bounds stand in the types; `validation.py` words
+what they refuse."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field
 
+from server.protocol.structured import Choices, JSONSchema, ResponseFormat, StructuredOutputs
+from server.protocol.wire import Wire as Wire
+from server.protocol.wire import wrong as wrong
 from skipllm_core.types import SkipPolicyName
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIASES = 4096
 _INT32 = 2**31 - 1
-
-
-class Wire(BaseModel):
-    """A JSON object of a request. Unknown keys are kept, to be refused or named in the log."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", frozen=True)
-
-
-def wrong(kind: str, path: str, got: object, **context: object) -> PydanticCustomError:
-    """A fault at `path` below the field under validation, worded like pydantic's own `kind`."""
-    context |= {"path": path, "got": got}
-    return PydanticCustomError(kind, "{path}", context)
 
 
 def _as_list(value: Any) -> Any:
@@ -107,6 +97,17 @@ class GenerationRequest(Wire):
         tuple[tuple[int, float], ...] | None, BeforeValidator(_logit_bias, dict[str, float] | None)
     ] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+
+    # At most one of these and of the forms within them: server/tools/grammars.py.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None  # vLLM's
+    guided_json: JSONSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    json_schema: JSONSchema | None = None  # llama.cpp's
+    grammar: str | None = None
 
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     return_token_ids: bool | None = None
