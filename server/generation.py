@@ -13,7 +13,7 @@ from server.metrics import RequestMetrics
 from server.parts import AnswerParser, Content, EndReason, Part, ToolCallBegin, Usage
 from skipllm_core.client import RequestStream
 from skipllm_core.detokenizer import Detokenizer
-from skipllm_core.errors import SkipLLMError
+from skipllm_core.errors import InvalidRequestError, SkipLLMError
 from skipllm_core.types import FinishReason, SeqOutput, SkipUsage, TokenLogprobs
 
 
@@ -117,12 +117,16 @@ class Generation:
         *,
         n: int,
         num_prompt_tokens: int,
+        grammar_param: str | None = None,
         recorder: RequestMetrics,
         lifecycle: Lifecycle,
     ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.choices = choices
         self._n = n
+        self._grammar_param = (
+            grammar_param  # of the request: what a fault in a grammar is a fault of
+        )
         self._recorder = recorder
         self._lifecycle = lifecycle
         self._was_interrupted = False
@@ -149,7 +153,7 @@ class Generation:
         """One delta for each output of the engine, empty ones included."""
         async for index, output in _merged([choice.stream for choice in self.choices]):
             if output.finish_reason == "error":
-                raise SequenceFailedError(output.error)
+                raise self._failure(output)
             taken, delta = self.choices[index].take(output)
             self._recorder.output(taken)
             yield delta
@@ -180,6 +184,13 @@ class Generation:
         self._finished(CLIENT_LEFT, "abort")
         self._close_streams()
         self._lifecycle.end(self)
+
+    def _failure(self, output: SeqOutput) -> SkipLLMError:
+        if not output.is_request_fault:
+            return SequenceFailedError(output.error)
+        param = self._grammar_param
+        message = f"Invalid '{param}': {output.error}"
+        return InvalidRequestError(message, param=param, code="invalid_value")
 
     def _finished(self, status: int, reason: FinishReason, error: str | None = None) -> None:
         self._recorder.finished(

@@ -9,6 +9,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 SkipPolicyName = Literal["never", "ffn_skip", "static", "random", "layer_drop", "early_exit"]
 StepKind = Literal["prefill", "decode"]
 
+MAX_GRAMMAR_BYTES = 256 * 1024  # of one sequence
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipParams:
@@ -51,6 +53,8 @@ class SamplingParams:
     seed: int = 0  # always set; a request without one was given a random one
     logprobs: int | None = None  # how many top alternatives; None: no logprobs at all
     stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids included unless ignore_eos
+    # What the whole answer has to follow: a grammar of llguidance's, in Lark or as its JSON.
+    grammar: str | None = None
     skip: SkipParams = field(default_factory=SkipParams)
 
 
@@ -89,6 +93,7 @@ class SeqOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
     error: str | None = None  # with finish_reason "error"
+    is_request_fault: bool = False  # the error is one of the request's grammar
     queue_s: float | None = None  # with the first output: arrival to first scheduling
     num_cached_tokens: int | None = None  # with the first output: prompt tokens not computed
     skip_usage: SkipUsage | None = None  # so far: a reader may end the sequence at a stop string

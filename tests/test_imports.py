@@ -101,6 +101,7 @@ FLOORS = {
     "server": (
         {"parts", "settings"},
         {"protocol"},
+        {"tools"},
         {"errors", "logs", "openapi", "settings_sources"},
         {"lifecycle", "metrics", "sse"},
         {"guard", "service"},

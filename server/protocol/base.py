@@ -1,37 +1,21 @@
-"""The wire models' common ground: strict types, finite numbers, and the parameters that chat and
-completions share. Bounds stand in the types; `validation.py` words what they refuse."""
+"""The parameters that chat and completions share. Bounds stand in the types; `validation.py` words
+what they refuse."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field
 
+from server.protocol.structured import Choices, JSONSchema, ResponseFormat, StructuredOutputs
+from server.protocol.wire import Wire as Wire
+from server.protocol.wire import wrong as wrong
 from skipllm_core.types import SkipPolicyName
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIASES = 4096
 _INT32 = 2**31 - 1
-
-
-class Wire(BaseModel):
-    """A JSON object of a request. Unknown keys are kept, to be refused or named in the log."""
-
-    model_config = ConfigDict(
-        strict=True,
-        allow_inf_nan=False,
-        extra="allow",
-        frozen=True,
-        use_attribute_docstrings=True,  # the sentences of /openapi.json
-    )
-
-
-def wrong(kind: str, path: str, got: object, **context: object) -> PydanticCustomError:
-    """A fault at `path` below the field under validation, worded like pydantic's own `kind`."""
-    context |= {"path": path, "got": got}
-    return PydanticCustomError(kind, "{path}", context)
 
 
 def _as_list(value: Any) -> Any:
@@ -141,6 +125,26 @@ class GenerationRequest(Wire):
     """Added to logits: an object of token ids and numbers from -100 to 100."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """The same seed and request give the same answer."""
+
+    # At most one of these and of the forms within them: server/tools/grammars.py.
+    response_format: ResponseFormat | None = None
+    """The form of the answer: text, any JSON object, or JSON under a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form as vLLM says it: one of a schema, a regex, choices or a grammar."""
+    guided_json: JSONSchema | None = None
+    """The older name of structured_outputs.json."""
+    guided_regex: str | None = None
+    """The older name of structured_outputs.regex."""
+    guided_choice: Choices | None = None
+    """The older name of structured_outputs.choice."""
+    guided_grammar: str | None = None
+    """The older name of structured_outputs.grammar."""
+    guided_whitespace_pattern: str | None = None
+    """What may stand between the parts of guided JSON, as a regex."""
+    json_schema: JSONSchema | None = None
+    """A JSON schema of the answer, as llama.cpp takes it."""
+    grammar: str | None = None
+    """A grammar of the answer in GBNF, as llama.cpp takes it."""
 
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of the prompt to use: its last ones, or see truncation_side."""

@@ -29,10 +29,6 @@ _UNSUPPORTED: dict[str, Callable[[object], bool]] = {
     "echo": _is_false,  # of chats
     "function_call": lambda value: value in ("none", "auto"),
     "functions": _is_false,
-    "guided_choice": _is_false,
-    "guided_grammar": _is_false,
-    "guided_json": _is_false,
-    "guided_regex": _is_false,
     "length_penalty": lambda value: value == 1,
     "logits_processors": _is_false,
     "modalities": lambda value: value == ["text"],
@@ -43,9 +39,7 @@ _UNSUPPORTED: dict[str, Callable[[object], bool]] = {
     "return_token_strs": _is_false,
     "return_tokens_as_token_ids": _is_false,
     "reasoning_effort": lambda value: value == "none",
-    "response_format": lambda value: value == {"type": "text"},
     "spaces_between_special_tokens": lambda value: value is True,
-    "structured_outputs": _is_false,
     "suffix": _is_false,
     "tool_choice": lambda value: value in ("none", "auto"),
     "tools": _is_false,
@@ -56,7 +50,8 @@ _UNSUPPORTED: dict[str, Callable[[object], bool]] = {
 # Fields that never change the answer of this server.
 _IGNORED = frozenset(
     {
-        "cache_salt", "include_reasoning", "metadata", "parallel_tool_calls",
+        "cache_salt", "guided_decoding_backend", "include_reasoning", "metadata",
+        "parallel_tool_calls",
         "prompt_cache_key", "prompt_cache_retention",
         "safety_identifier", "service_tier", "store", "user",
     }

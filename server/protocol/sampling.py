@@ -57,6 +57,7 @@ def to_sampling_params(
     defaults: SamplingDefaults,
     eos_token_ids: tuple[int, ...],
     skip: SkipParams,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """The parameters of a request's first choice. Raises InvalidRequestError, and
     ContextLengthError for a prompt that leaves no room."""
@@ -96,6 +97,7 @@ def to_sampling_params(
         seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
         logprobs=_num_logprobs(request),
         stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
+        grammar=grammar,
         skip=skip,
     )
 

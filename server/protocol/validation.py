@@ -19,6 +19,7 @@ _EXPECTED = {
     "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
+    "schema_type": "a JSON Schema as an object",
     "prompt_type": "a string, an array of strings, or arrays of token ids",
 }
 _GOT = {

@@ -36,6 +36,7 @@ from server.protocol.completions import CompletionRequest
 from server.protocol.sampling import check_combinations, to_sampling_params, to_skip_params
 from server.service import Service
 from server.sse import event_stream
+from server.tools.grammars import Constraint
 from skipllm_core.detokenizer import Detokenizer
 
 T = TypeVar("T")
@@ -80,8 +81,11 @@ def submit(
     request: ChatRequest | CompletionRequest,
     prompts: Sequence[list[int]],
     new_parser: Callable[[], AnswerParser] = PlainParser,
+    *,
+    constraint: Constraint | None = None,
 ) -> Generation:
-    """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed."""
+    """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed, and
+    all follow the constraint."""
     skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
     if request.truncate_prompt_tokens is not None:
         prompts = [prompt[-request.truncate_prompt_tokens :] for prompt in prompts]
@@ -94,6 +98,7 @@ def submit(
             defaults=service.sampling_defaults,
             eos_token_ids=service.tokenizer.eos_token_ids,
             skip=skip,
+            grammar=constraint.grammar if constraint is not None else None,
         )
         for index in range(request.n or 1):
             seed = (params.seed + index) % 2**63
@@ -109,6 +114,7 @@ def submit(
         ],
         n=request.n or 1,
         num_prompt_tokens=num_prompt_tokens,
+        grammar_param=constraint.param if constraint is not None else None,
         recorder=recorder,
         lifecycle=service.lifecycle,
     )

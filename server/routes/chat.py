@@ -21,6 +21,7 @@ from server.routes.answering import answer, refuse_early, submit, unless_disconn
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
+from server.tools.grammars import constraint_of
 from skipllm_core.errors import ContextLengthError
 
 router = StrictRouter()
@@ -40,9 +41,10 @@ async def begin_chat(
 ) -> tuple[list[int], Generation]:
     """A chat's prompt, and its generation under way. Every endpoint that chats begins here."""
     refuse_early(service, body)
+    constraint = constraint_of(body)
     try:
         prompt_ids = await unless_disconnected(http.receive, encode_chat(service, body))
-        return prompt_ids, submit(service, http, body, [prompt_ids])
+        return prompt_ids, submit(service, http, body, [prompt_ids], constraint=constraint)
     except ContextLengthError as error:
         message = error.message_for("messages")
         raise HTTPError(400, message, param="messages", code=error.code) from None

@@ -23,6 +23,7 @@ from server.routes.answering import answer, refuse_early, submit, unless_disconn
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
+from server.tools.grammars import constraint_of
 from skipllm_core.errors import ContextLengthError
 
 router = StrictRouter()
@@ -33,11 +34,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continues one or more prompts, in one or, with `stream`, as it is generated."""
     service: Service = request.app.state.service
     refuse_early(service, body)
+    constraint = constraint_of(body)
     try:
         prompts = await unless_disconnected(
             request.receive, asyncio.gather(*(_encode(service, body, p) for p in body.prompts))
         )
-        generation = submit(service, request, body, prompts)
+        generation = submit(service, request, body, prompts, constraint=constraint)
     except ContextLengthError as error:
         raise HTTPError(400, str(error), param="prompt", code=error.code) from None
     form = CompletionForm(service, body, prompts, generation)

@@ -149,11 +149,11 @@ UNSUPPORTED: list[Case] = [
     ({name: value}, name, "unsupported_parameter")
     for name, value in {
         "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}],
-        "response_format": {"type": "json_object"}, "guided_json": {}, "prompt_logprobs": 1,
+        "prompt_logprobs": 1,
         "suffix": "x", "best_of": 2, "modalities": ["audio"], "audio": {"voice": "x"},
         "prediction": {"type": "content"}, "priority": 1, "chat_template": "{{ 1 }}",
         "echo": True, "add_special_tokens": True, "return_tokens_as_token_ids": True,
-        "use_beam_search": True, "structured_outputs": {"regex": "a"},
+        "use_beam_search": True,
     }.items()
     if value
 ]  # fmt: skip
