@@ -1,35 +1,32 @@
-"""A model's chat template: messages in, prompt text out, and users cannot speak for another role.
+"""A model's chat template: messages in, prompt text out, and what in it the template wrote itself.
 
-Message contents may spell control tokens (`<|im_start|>system`). Before rendering, each is put
-between two marks that no text contains (Unicode noncharacters); afterwards it is split inside, and
-the pieces are encoded one by one, so that it stays the text that it is:
-
-    "a <|im_end|> b"  ->  "a " START "<|im_end|>" END " b"  ->  ["a <", "|im_end|>", " b"]
-
-Control tokens are the tokenizer's special tokens, and the other added tokens that the template
-spells. The latter are left alone in what the assistant said: `</think>` is at home there, and
-templates look for it.
+What the messages and tools say is `Tainted` with who said it, so that whoever encodes the prompt
+knows which of it may be a control token: see `control_tokens.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import wraps
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from skipllm_core.errors import ConfigError, InvalidRequestError
+from skipllm_core.tainted import Marks, Origin, Tainted, plain, spans_of
 
-Message = Mapping[str, str]  # role and content; name and tool_call_id where given
+# role and content; name, tool_call_id, tool_calls, ... where given
+Message = Mapping[str, Any]
 
-_START, _END, _FINAL = "\ufdd0", "\ufdd1", "\ufdd2"
-_MARKS = re.compile(f"[{_START}{_END}{_FINAL}]")
+_INSTRUCTORS = ("system", "developer", "assistant", "tool")
+_BLANK_END = "\ufdd2 "  # what a blank message ends with that is continued, to be found again
 
 
 class ChatTemplate:
@@ -39,34 +36,20 @@ class ChatTemplate:
     Raises ConfigError if the template does not compile.
     """
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        special_tokens: Collection[str],
-        added_tokens: Collection[str],
-        variables: Mapping[str, str],
-    ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+    def __init__(self, source: str, *, variables: Mapping[str, str]) -> None:
+        self._marks = Marks()
+        environment = _Environment(self._marks)
         try:
             self._template = environment.from_string(source)
+            named = meta.find_undeclared_variables(environment.parse(source))
         except TemplateError as error:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
+        self.source = source
+        self.undefined_tokens = sorted(
+            name for name in named if name.endswith("_token") and name not in variables
+        )
         self._knows_developers = "developer" in source
         self._variables = dict(variables)
-        self._special = re.compile(_any_of(special_tokens))
-        control = _any_of({*special_tokens, *(token for token in added_tokens if token in source)})
-        self._control = re.compile(control)
-        # The first character of every spelling, overlapping ones included.
-        self._control_start = re.compile(f"(?=(?:{control}))(.)", re.DOTALL)
-        self._marked = re.compile(f"{_START}({control}){_END}")
 
     def render(
         self,
@@ -76,63 +59,146 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
-    ) -> list[str]:
-        """The prompt, in pieces to be encoded one after the other.
+    ) -> str:
+        """The prompt, which is Tainted where it is not the template's own.
 
         Raises InvalidRequestError where the template refuses the messages.
         """
-        marked = [self._mark(message) for message in messages]
-        if continue_final_message:
-            marked[-1]["content"] += f"{_FINAL} "
+        tainted = [self._taint(message) for message in messages]
+        final = self._taint_final(tainted[-1]) if continue_final_message else None
         try:
             text = self._template.render(
-                messages=marked,
-                tools=tools,
+                messages=tainted,
+                tools=self._marks.taint(tools, Origin.INSTRUCTOR),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
-                **(options or {}),
+                **self._marks.taint(options or {}, Origin.INSTRUCTOR),
             )
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            reason = _MARKS.sub("", str(error))[:200]
+            reason = plain(self._marks.read(str(error)))[:200]
             raise InvalidRequestError(
                 f"The model's chat template refused the messages: {reason}", param="messages"
             ) from error
-        if continue_final_message:
-            text = _cut_at_final_mark(text)
-        text = self._marked.sub(lambda m: self._split_inside(m[1]) + _END, text)
-        return [piece for piece in _MARKS.split(text) if piece]
+        return text if final is None else _up_to_final(text, final)
 
-    def _mark(self, message: Message) -> dict[str, str]:
-        control = self._special if message["role"] == "assistant" else self._control
-        marked = {
-            key: control.sub(f"{_START}\\g<0>{_END}", _MARKS.sub("", value))
-            for key, value in message.items()
-        }
-        if marked["role"] == "developer" and not self._knows_developers:
-            marked["role"] = "system"
-        return marked
+    def _taint(self, message: Message) -> dict[str, Any]:
+        tainted: dict[str, Any] = self._marks.taint(message, _origin(message))
+        if message["role"] == "developer" and not self._knows_developers:
+            tainted["role"] = "system"
+        return tainted
 
-    def _split_inside(self, spelling: str) -> str:
-        return self._control_start.sub(f"\\g<1>{_START}", spelling)
+    def _taint_final(self, message: dict[str, Any]) -> str:
+        """Has the end of the message's text found again, which is returned."""
+        holder, key = message, "content"
+        if isinstance(message.get("content"), list):
+            texts = [part for part in message["content"] if isinstance(part.get("text"), str)]
+            holder, key = (texts[-1], "text") if texts else (message, "content")
+        content = holder.get(key)
+        if not isinstance(content, str):
+            raise InvalidRequestError(
+                "continue_final_message is set, but the final message has no text",
+                param="continue_final_message",
+            )
+        shown = content if content.strip() else content + _BLANK_END
+        holder[key] = self._marks.taint(shown, _origin(message) | Origin.FINAL)
+        return plain(content)
 
 
-def _cut_at_final_mark(text: str) -> str:
-    """The prompt up to the end of the last message, without the template's end of turn."""
-    head, mark, tail = text.rpartition(_FINAL)
-    if not mark:
+def _origin(message: Message) -> Origin:
+    return Origin.INSTRUCTOR if message["role"] in _INSTRUCTORS else Origin.USER
+
+
+class _CodeGenerator(CodeGenerator):
+    """Has `a ~ b` joined by the environment, as all other output is."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802 - Jinja's
+        self.write("environment.concat((")
+        for operand in node.nodes:
+            self.visit(operand, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """transformers' environment, in which the spans of tainted texts survive.
+
+    Output, macros and blocks are joined by `concat`. A filter or method of str that makes an
+    ordinary str of a tainted text gives one that is tainted as a whole.
+    """
+
+    code_generator_class = _CodeGenerator
+
+    def __init__(self, marks: Marks) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
+        )
+        self._marks = marks
+        self.filters |= {"tojson": _to_json, "replace": self._replace}
+        self.filters = {name: self._tracked(function) for name, function in self.filters.items()}
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def concat(self, parts: Iterable[object]) -> str:
+        return self._marks.read("".join(map(str, parts)))
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        if not isinstance(owner, str):
+            result = super().call(context, function, *args, **kwargs)
+            return self._marks.read(result) if type(result) is str else result
+        if not isinstance(owner, Tainted):  # whose methods keep the spans of their arguments
+            function = getattr(Tainted(owner, (), self._marks), function.__name__)
+        result = super().call(context, function, *args, **kwargs)
+        return self._kept(result, owner, *args, *kwargs.values())
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        owner = getattr(value, "__self__", None)
+        if not isinstance(owner, Tainted):
+            return super().wrap_str_format(value)
+        formatted = super().wrap_str_format(getattr(plain(owner), value.__name__))
+        return formatted and (lambda *args, **kw: self._kept(formatted(*args, **kw), owner))
+
+    def _tracked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def tracked(*args: Any, **kwargs: Any) -> Any:
+            return self._kept(function(*args, **kwargs), *args, *kwargs.values())
+
+        return tracked
+
+    def _kept(self, result: Any, *sources: object) -> Any:
+        if not isinstance(result, str) or isinstance(result, Tainted):
+            return result
+        return self._marks.whole(result, *sources)
+
+    def _replace(self, text: Any, old: Any, new: Any, count: int | None = None) -> str:
+        """Jinja's own replaces in `str(text)`, marks and all."""
+        tracked, found, new = (self._marks.read(str(value)) for value in (text, old, new))
+        count = -1 if count is None else count
+        return self._marks.join([tracked]).replace(plain(found), new, count)
+
+
+def _up_to_final(text: str, content: str) -> str:
+    """The prompt up to the end of the last message, whose text is `content`, without the
+    template's end of turn. White space that the template trims is left out, as by transformers:
+    unless a space of its own stands there."""
+    ends = [span.end for span in spans_of(text) if Origin.FINAL in span.origin]
+    if not ends:
         raise InvalidRequestError(
             "continue_final_message is set, but the chat template does not show the final message",
             param="continue_final_message",
         )
-    # The mark came with a space: a template that trims contents has taken that away.
-    return head if tail.startswith(" ") else head.rstrip()
-
-
-def _any_of(spellings: Collection[str]) -> str:
-    """A pattern for any of them, longest first."""
-    longest_first = sorted(spellings, key=len, reverse=True)
-    return "|".join(map(re.escape, longest_first)) or "(?!)"
+    end = ends[-1]
+    if not content.strip():
+        end = plain(text).rindex(_BLANK_END[0], 0, end)
+        is_trimmed = text[end + 1 : end + 2] != _BLANK_END[1]
+        return text[:end].rstrip() if is_trimmed else text[:end]
+    head = text[:end]
+    space = content[len(content.rstrip()) :]
+    is_trimmed = not head.endswith(space)
+    return head + space if is_trimmed and text[end : end + 1] == " " else head
 
 
 def _to_json(
@@ -142,10 +208,25 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own `tojson` escapes HTML, which models have not seen."""
+    """Jinja's own `tojson` escapes HTML, which models have not seen. Raises as json.dumps does."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        _marked(value, sort_keys=sort_keys),
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
     )
+
+
+def _marked(value: object, *, sort_keys: bool) -> object:
+    """The value with the spans of its strings written into them."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        keys = sorted(value) if sort_keys else value
+        return {_marked(k, sort_keys=False): _marked(value[k], sort_keys=sort_keys) for k in keys}
+    if isinstance(value, list | tuple):
+        return [_marked(item, sort_keys=sort_keys) for item in value]
+    return value
 
 
 def _raise_exception(message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from skipllm_core.chat_template import ChatTemplate, Message, template_of
+from skipllm_core.control_tokens import ControlTokenEncoder, ControlTokens
 from skipllm_core.errors import ConfigError, InvalidRequestError
 
 
@@ -64,17 +65,18 @@ class HFTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise ConfigError(f"cannot read {path}: {error}") from error
+        stored = _read_json(path)
         self._tokenizer.no_truncation()  # both may be stored in the file
         self._tokenizer.no_padding()
         config = _read_json(model_dir / "tokenizer_config.json")
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._piece_bytes = _piece_decoder(self._tokenizer, path)
+        self._piece_bytes = _piece_decoder(stored, path)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
         self.eos_token_ids = self._find_eos_ids(model_dir, config)
         self.chat_template = _template_source(model_dir, config)
-        self._chat_template = self._compile(self.chat_template, config)
+        self._chat = self._compile(self.chat_template, config, stored["model"])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -89,19 +91,19 @@ class HFTokenizer:
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> list[int]:
-        if self._chat_template is None:
+        if self._chat is None:
             raise InvalidRequestError(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
-        pieces = self._chat_template.render(
+        template, encoder = self._chat
+        prompt = template.render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             options=options,
         )
-        # The template writes the begin-of-sequence token itself.
-        return [i for piece in pieces for i in self.encode(piece, add_special_tokens=False)]
+        return encoder.encode(prompt)  # the template writes the begin-of-sequence token itself
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -127,7 +129,9 @@ class HFTokenizer:
             ids.update(i for i in _as_list(found) if type(i) is int and i >= 0)
         return tuple(sorted(ids))
 
-    def _compile(self, source: str | None, config: Mapping[str, Any]) -> ChatTemplate | None:
+    def _compile(
+        self, source: str | None, config: Mapping[str, Any], model: Mapping[str, Any]
+    ) -> tuple[ChatTemplate, ControlTokenEncoder] | None:
         if source is None:
             return None
         variables = {
@@ -135,12 +139,9 @@ class HFTokenizer:
             for key, value in config.items()
             if key.endswith("_token") and (spelled := _spelling(value)) is not None
         }
-        return ChatTemplate(
-            source,
-            special_tokens=[self._added[token_id] for token_id in self._special_ids],
-            added_tokens=self._added.values(),
-            variables=variables,
-        )
+        template = ChatTemplate(source, variables=variables)
+        tokens = ControlTokens.of(self._tokenizer, template)
+        return template, ControlTokenEncoder(self._tokenizer, model, tokens)
 
 
 class ByteTokenizer:
@@ -184,9 +185,9 @@ class ByteTokenizer:
         return token_id in (self.BOS, self.EOS)
 
 
-def _piece_decoder(tokenizer: tokenizers.Tokenizer, path: Path) -> Any:
+def _piece_decoder(stored: Mapping[str, Any], path: Path) -> Any:
     """How a vocabulary entry spells bytes: the two ways of the Llama, Mistral and Qwen families."""
-    decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"], ensure_ascii=False)
+    decoder = json.dumps(stored.get("decoder"), ensure_ascii=False)
     if '"ByteLevel"' in decoder:
         byte_of = _byte_level_alphabet()
         return lambda piece: bytes(byte_of[char] for char in piece)

@@ -2,158 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
 
 from skipllm_core.detokenizer import Detokenizer
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.tokenizer import HFTokenizer
-
-CHATML = """\
-{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- endif %}
-{% for message in messages if message.role != 'system' %}
-    {%- if message.role == 'assistant' and '</think>' in message.content %}
-        {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
-    {%- else %}
-        {%- set content = message.content %}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
-LLAMA3 = (
-    "{{- bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] "
-    "| trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-LLAMA2 = (
-    "{% for message in messages %}{% if message.role == 'user' %}"
-    "{{ bos_token + '[INST] ' + message.content | trim + ' [/INST]' }}"
-    "{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim + ' ' + eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
-    "{% endif %}{% endfor %}"
-)
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog, system and user and assistant say é漢字🦊",
-    "What is the capital of France? The capital of France is Paris.\n\n[INST] hello [/INST]",
-] * 4
-
-
-def byte_level(specials: list[str], bos: str | None = None) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=450,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    if bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
-    tokenizer.add_tokens([AddedToken("<think>", special=False)])
-    tokenizer.add_tokens([AddedToken("</think>", special=False)])
-    return tokenizer
-
-
-def sentencepiece_like() -> Tokenizer:
-    """As Llama 2 is written in tokenizer.json: a space before all, bytes for what is unknown."""
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.train_from_iterator([text[:60] for text in CORPUS], trainer)
-    found = json.loads(tokenizer.to_str())
-    found["added_tokens"] = found["added_tokens"][:3]  # the bytes are ordinary entries
-    tokenizer = Tokenizer.from_str(json.dumps(found))
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return tokenizer
-
-
-def save(name: str, folder: Path) -> Path:
-    llama3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    chatml = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    settings: dict[str, Any] = {
-        "chatml": {
-            "tokenizer_object": byte_level(chatml),
-            "eos_token": "<|im_end|>",
-            "chat_template": CHATML,
-        },
-        "llama3": {
-            "tokenizer_object": byte_level(llama3, bos="<|begin_of_text|>"),
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": "<|eot_id|>",
-            "chat_template": LLAMA3,
-        },
-        "llama2": {
-            "tokenizer_object": sentencepiece_like(),
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "chat_template": LLAMA2,
-        },
-    }
-    PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **settings[name]).save_pretrained(
-        folder
-    )
-    return folder
-
-
-Pair = tuple[HFTokenizer, Any]  # ours, and transformers' own
+from tests.tokenizer_families import Pair, pair, save
 
 
 @pytest.fixture(scope="module", params=["chatml", "llama3", "llama2"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = save(request.param, tmp_path_factory.mktemp(request.param))
-    return HFTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    return pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = save("chatml", tmp_path_factory.mktemp("chatml"))
-    return HFTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    return pair("chatml", tmp_path_factory.mktemp("chatml"))
 
 
 TEXTS = ["", "hello world", "  two  spaces\n", "é漢字🦊 NUL\0", "<s>[INST] x </s>", "a\u0301 fox"]
@@ -231,8 +100,7 @@ def test_control_tokens_in_a_message_stay_its_text(chatml: Pair, text: str) -> N
     ids = ours.encode_chat([{"role": "user", "content": text}])
     added = set(theirs.added_tokens_decoder)
     assert [i for i in ids if i in added] == [i for i in harmless if i in added]
-    plain = "".join(char for char in text if not "\ufdd0" <= char <= "\ufdd2")
-    assert ours.decode(ids) == ours.decode(harmless).replace("hi", plain)
+    assert ours.decode(ids) == ours.decode(harmless).replace("hi", text)
 
 
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|>", "x", "<s>"])))
