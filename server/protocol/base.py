@@ -107,7 +107,7 @@ class GenerationRequest(Wire):
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """How far the choice of tokens is spread; 0 takes the likeliest."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Ratio | None = None
     """Only the likeliest tokens whose probabilities add up to this are chosen from."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
     """Only so many of the likeliest tokens are chosen from; 0 or -1: all."""

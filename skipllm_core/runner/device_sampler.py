@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skipllm_core.kernels.gpu.noise import exponentials
 from skipllm_core.kernels.gpu.rows import DeviceRows
-from skipllm_core.runner.sampler import MIN_TEMPERATURE
+from skipllm_core.runner.sampler import MIN_REPETITION_PENALTY, MIN_TEMPERATURE
 from skipllm_core.sequence import Sequence
 from skipllm_core.types import SamplingParams
 
@@ -182,19 +182,20 @@ def _settings(params: SamplingParams) -> list[float]:
         params.temperature,
         params.top_p if params.top_p < 1 else torch.inf,  # 1 has to mean all, however sums round
         params.min_p,
-        params.repetition_penalty,
+        max(params.repetition_penalty, MIN_REPETITION_PENALTY),
         params.presence_penalty,
         params.frequency_penalty,
     ]
 
 
 def _cut(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """top_k [num_rows, 1], then the smallest set of best tokens that reaches top_p."""
+    """top_k [num_rows, 1], then the smallest set of best tokens that reaches top_p, never empty."""
     ranked = scores.sort(dim=-1, descending=True).values
     kth_best = ranked.gather(1, top_k - 1)
     ranked = ranked.masked_fill(ranked < kth_best, -torch.inf)
     probs = ranked.softmax(dim=-1)
-    is_kept = (ranked >= kth_best) & (probs.cumsum(dim=-1) - probs < top_p)
+    is_best = ranked == ranked[:, :1]
+    is_kept = (ranked >= kth_best) & ((probs.cumsum(dim=-1) - probs < top_p) | is_best)
     cutoff = ranked.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
     return scores.masked_fill(scores < cutoff, -torch.inf)
 

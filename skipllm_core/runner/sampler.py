@@ -22,6 +22,7 @@ from skipllm_core.sequence import Sequence
 from skipllm_core.types import SamplingParams, TokenLogprobs
 
 MIN_TEMPERATURE = 1e-5  # below it a division by the temperature only loses digits: greedy
+MIN_REPETITION_PENALTY = 1e-20  # below it a division by the penalty overflows, and changes nothing
 
 NOT_FINITE = "the model's output was not finite"
 
@@ -143,7 +144,11 @@ def _penalised(logits: Tensor, seqs: list[Sequence]) -> Tensor:
         torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
         for values in zip(
             *(
-                (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+                (
+                    max(p.repetition_penalty, MIN_REPETITION_PENALTY),
+                    p.presence_penalty,
+                    p.frequency_penalty,
+                )
                 for p in (seq.params for seq in seqs)
             ),
             strict=True,
@@ -211,7 +216,8 @@ def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _top(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """top_k, then the smallest set of best tokens whose probability reaches top_p."""
+    """top_k, then the smallest set of best tokens whose probability reaches top_p, never
+    empty."""
     vocab_size = logits.shape[-1]
     ks = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     k = torch.tensor(ks, device=logits.device)[:, None]
@@ -223,7 +229,8 @@ def _top(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     kth_best = ranked.gather(1, k - 1)
     ranked = ranked.masked_fill(ranked < kth_best, -torch.inf)
     probs = ranked.softmax(dim=-1)
-    is_kept = (ranked >= kth_best) & (probs.cumsum(dim=-1) - probs < top_p)
+    is_best = ranked == ranked[:, :1]
+    is_kept = (ranked >= kth_best) & ((probs.cumsum(dim=-1) - probs < top_p) | is_best)
     cutoff = ranked.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
     return logits.masked_fill(logits < cutoff, -torch.inf)
 

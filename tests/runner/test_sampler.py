@@ -125,6 +125,16 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     assert tokens(logits, *rows) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("top_p", [0.0, 1e-300, 1e-46, 1e-12])
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_the_best_token_is_kept_however_small_top_p_is(top_p: float, top_k: int) -> None:
+    logits = random_logits(8)
+    params = replace(RANDOM, top_p=top_p, top_k=top_k)
+    rows = [seq(replace(params, seed=n)) for n in range(8)]
+    assert tokens(logits, *rows) == logits.argmax(-1).tolist()
+    assert filter_logits(logits, [params] * 8).isfinite().sum(-1).tolist() == [1] * 8
+
+
 # Adjustments -------------------------------------------------------------------------------------
 
 
@@ -133,6 +143,20 @@ def test_repetition_penalty_covers_prompt_and_output_as_in_transformers() -> Non
     row = seq(replace(GREEDY, repetition_penalty=1.7), prompt=(5, 5, 9), output=[0, VOCAB - 1])
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([row.token_ids]), logits.clone())
     torch.testing.assert_close(adjust_logits(logits, [row]), theirs)
+
+
+@pytest.mark.parametrize("penalty", [1e-20, 1e-40, 1e-46, 5e-324])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_best_token_is_kept_however_small_the_repetition_penalty_is(
+    penalty: float, temperature: float
+) -> None:
+    logits = random_logits(8)
+    params = replace(RANDOM, repetition_penalty=penalty, temperature=temperature)
+    rows = [seq(params, prompt=(n, n + 20, n + 30), output=[n + 10]) for n in range(8)]
+    seen = torch.tensor([row.token_ids for row in rows])
+    best = seen.gather(1, logits.gather(1, seen).argmax(-1, keepdim=True))[:, 0]
+    assert (logits.gather(1, best[:, None]) > 0).all(), "a repeated token becomes the best"
+    assert tokens(logits, *rows) == best.tolist()
 
 
 def test_presence_and_frequency_penalties_count_the_output_only() -> None:

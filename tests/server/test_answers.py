@@ -237,6 +237,12 @@ async def test_every_sampling_parameter_reaches_the_engine(server: Server) -> No
     assert params.stop_token_ids == (9, ByteTokenizer.EOS)
 
 
+async def test_a_top_p_of_0_is_the_best_token(server: Server) -> None:
+    assert (await server.complete(top_p=0, max_tokens=1)).status_code == 200
+    (seq,) = server.runner.batches[-1].rows
+    assert seq.seq.params.top_p == 0.0
+
+
 async def test_the_models_recommendations_are_the_defaults() -> None:
     async with running(sampling_defaults=SamplingDefaults(temperature=0.6, top_k=20)) as server:
         await server.chat(max_tokens=1)

@@ -83,7 +83,7 @@ NUMBERS: list[Case] = [
 ] + [
     ({"temperature": -0.1}, "temperature", "decimal_below_min_value"),
     ({"temperature": 2.1}, "temperature", "decimal_above_max_value"),
-    ({"top_p": 0}, "top_p", "decimal_below_min_value"),
+    ({"top_p": -0.1}, "top_p", "decimal_below_min_value"),
     ({"top_p": 1.1}, "top_p", "decimal_above_max_value"),
     ({"top_k": -2}, "top_k", "integer_below_min_value"),
     ({"min_p": -0.1}, "min_p", "decimal_below_min_value"),
