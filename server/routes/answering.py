@@ -31,9 +31,15 @@ from server.errors import (
 )
 from server.generation import Choice, Delta, Generation
 from server.parts import AnswerParser, PlainParser
+from server.protocol.base import GenerationRequest
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
-from server.protocol.sampling import check_combinations, to_sampling_params, to_skip_params
+from server.protocol.sampling import (
+    check_combinations,
+    to_sampling_params,
+    to_skip_params,
+    truncated,
+)
 from server.service import Service
 from server.sse import event_stream
 from server.tools.grammars import Constraint
@@ -75,6 +81,16 @@ def refuse_early(service: Service, request: ChatRequest | CompletionRequest) -> 
     check_combinations(request)
 
 
+async def encode_prompt(
+    service: Service, request: GenerationRequest, num_chars: int, encode: Callable[[], list[int]]
+) -> list[int]:
+    """The prompt's tokens, as many as the request wants to use. Where it truncates, a text is not
+    too long by its length alone."""
+    if request.truncate_prompt_tokens is not None:
+        return await asyncio.to_thread(lambda: truncated(request, encode()))
+    return await service.encode(num_chars, encode)
+
+
 def submit(
     service: Service,
     http: Request,
@@ -87,8 +103,6 @@ def submit(
     """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed, and
     all follow the constraint."""
     skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
-    if request.truncate_prompt_tokens is not None:
-        prompts = [prompt[-request.truncate_prompt_tokens :] for prompt in prompts]
     sequences = []
     for prompt_ids in prompts:
         params = to_sampling_params(

@@ -17,7 +17,13 @@ from server.openapi import answers
 from server.protocol.answers import chat_logprobs, usage_block
 from server.protocol.chat import ChatRequest
 from server.protocol.schemas import ChatCompletion, ChatCompletionChunk
-from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.answering import (
+    answer,
+    encode_prompt,
+    refuse_early,
+    submit,
+    unless_disconnected,
+)
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -61,7 +67,8 @@ async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
         options=options.model_dump(exclude_none=True) if options is not None else None,
     )
-    return await service.encode(sum(len(message["content"]) for message in messages), encode)
+    num_chars = sum(len(message["content"]) for message in messages)
+    return await encode_prompt(service, body, num_chars, encode)
 
 
 class ChatForm:

@@ -18,8 +18,15 @@ from server.openapi import answers
 from server.parts import Content
 from server.protocol.answers import completion_logprobs, usage_block
 from server.protocol.completions import CompletionRequest, Prompt
+from server.protocol.sampling import truncated
 from server.protocol.schemas import Completion, CompletionChunk
-from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.answering import (
+    answer,
+    encode_prompt,
+    refuse_early,
+    submit,
+    unless_disconnected,
+)
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -48,12 +55,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 async def _encode(service: Service, body: CompletionRequest, prompt: Prompt) -> list[int]:
     if isinstance(prompt, list):
-        return prompt
+        return truncated(body, prompt)
     add_special_tokens = body.add_special_tokens is not False
     encode = functools.partial(
         service.tokenizer.encode, prompt, add_special_tokens=add_special_tokens
     )
-    return await service.encode(len(prompt), encode)
+    return await encode_prompt(service, body, len(prompt), encode)
 
 
 class CompletionForm:
@@ -127,6 +134,8 @@ class CompletionForm:
         return self._prompts[index // (self._body.n or 1)]
 
     def _echoed(self, index: int) -> str:
-        """The prompt's text, as it was given or, for ids, as it reads."""
+        """The prompt's text as it was given or, for ids and what is left of a text, as it reads."""
         prompt = self._body.prompts[index // (self._body.n or 1)]
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
+            return prompt
+        return self._tokenizer.decode(self._prompt_ids(index))

@@ -355,6 +355,27 @@ async def test_prompts_are_truncated_to_their_last_tokens(server: Server) -> Non
     assert content["choices"][0]["text"].startswith("bcd")
 
 
+@pytest.mark.parametrize("prompt", ["x" * 10_000 + "abc", [*b"x" * 10_000, *b"abc"]])
+@pytest.mark.parametrize(("side", "used"), [(None, b"abc"), ("left", b"abc"), ("right", b"xxx")])
+async def test_a_prompt_beyond_the_context_is_truncated_to_what_is_asked_for(
+    server: Server, prompt: Any, side: str | None, used: bytes
+) -> None:
+    options = {"truncate_prompt_tokens": 3, "truncation_side": side, "add_special_tokens": False}
+    reply = await server.complete(prompt, max_tokens=1, return_token_ids=True, **options)
+    content = reply.json()
+    assert content["usage"]["prompt_tokens"] == 3
+    assert content["choices"][0]["prompt_token_ids"] == list(used)
+    echoed = (await server.complete(prompt, max_tokens=1, echo=True, **options)).json()
+    assert echoed["choices"][0]["text"] == (used + bytes([used[-1] + 1])).decode()
+
+
+async def test_a_conversation_beyond_the_context_is_truncated_too(server: Server) -> None:
+    options = {"truncate_prompt_tokens": 16, "return_token_ids": True}
+    content = (await server.chat("x" * 10_000, max_tokens=1, **options)).json()
+    assert content["prompt_token_ids"] == ByteTokenizer().encode("x" * 100 + "\nassistant: ")[-16:]
+    assert (await server.chat("x" * 10_000)).json()["error"]["code"] == "context_length_exceeded"
+
+
 async def test_a_final_message_is_continued(server: Server) -> None:
     messages = [
         {"role": "user", "content": "hi"},
