@@ -16,7 +16,7 @@ from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
 from server.parts import Content
-from server.protocol.answers import completion_logprobs, usage_block
+from server.protocol.answers import completion_logprobs, stop_reason, usage_block
 from server.protocol.completions import CompletionRequest, Prompt
 from server.protocol.sampling import truncated
 from server.protocol.schemas import Completion, CompletionChunk
@@ -81,20 +81,22 @@ class CompletionForm:
             "created": int(time.time()),
             "model": service.model_name,
             "system_fingerprint": service.fingerprint,
+            "service_tier": None,
         }
         self._stream = ChunkStream(self._head, generation, body.stream_options)
+        self._begun: set[int] = set()  # choices that have had a chunk
 
     def opening(self) -> Iterator[bytes]:
         if self._body.echo:
             for index in range(len(self._prompts) * (self._body.n or 1)):
                 echoed = Delta(index, (Content(self._echoed(index)),))
-                yield self._stream.chunk(self._choice(echoed))
+                yield self._stream.chunk(self._chunk_choice(echoed), is_opening=True)
 
     def events(self, delta: Delta) -> Iterator[bytes]:
         more: dict[str, Any] = {}
         if delta.skipped_layers:
             more["skip"] = {"skipped_layers": delta.skipped_layers}
-        yield self._stream.chunk(self._choice(delta), **more)
+        yield self._stream.chunk(self._chunk_choice(delta), **more)
 
     def closing(self) -> Iterator[bytes]:
         return self._stream.closing()
@@ -105,7 +107,11 @@ class CompletionForm:
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
         choices = []
         for delta in answers:
-            choice = self._choice(delta)
+            choice = {
+                **self._choice(delta),
+                "prompt_token_ids": None,
+                "prompt_logprobs": None,
+            }
             if self._body.echo:
                 choice["text"] = self._echoed(delta.index) + choice["text"]
             if delta.skipped_layers:
@@ -113,7 +119,19 @@ class CompletionForm:
             if self._body.return_token_ids:
                 choice["prompt_token_ids"] = self._prompt_ids(delta.index)
             choices.append(choice)
-        return {**self._head, "choices": choices, "usage": usage_block(self._generation.usage)}
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage_block(self._generation.usage),
+            "kv_transfer_params": None,
+        }
+
+    def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        choice = self._choice(delta)
+        if self._body.return_token_ids and delta.index not in self._begun:
+            choice["prompt_token_ids"] = self._prompt_ids(delta.index)
+        self._begun.add(delta.index)
+        return choice
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -121,6 +139,8 @@ class CompletionForm:
             "text": delta.text,
             "logprobs": None,
             "finish_reason": delta.finish_reason,
+            "stop_reason": stop_reason(delta.stopped_by, self._body.stop_token_ids or ()),
+            "token_ids": None,
         }
         if self._body.logprobs is not None:
             choice["logprobs"] = completion_logprobs(
