@@ -33,6 +33,7 @@ class Delta:
     text_offsets: tuple[int, ...] = ()  # of the same tokens: whole characters before each
     skipped_layers: tuple[tuple[int, ...], ...] = ()
     finish_reason: EndReason | None = None
+    stopped_by: str | int | None = None  # the stop string or stop token that ended it
 
     @property
     def text(self) -> str:
@@ -89,6 +90,7 @@ class Choice:
             tuple(offsets),
             tuple(layers for part in held for layers in part.skipped_layers),
             "tool_calls" if has_called else output.finish_reason,
+            self._detokenizer.stopped_by or held[-1].stop_token_id,
         )
 
     def _read(self, output: SeqOutput) -> tuple[list[Part], int]:

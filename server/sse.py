@@ -10,6 +10,7 @@ from sse_starlette.sse import AppStatus
 from starlette.background import BackgroundTask
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients pass over it, proxies see life
 
 _PING_S = 15.0
 _SEND_TIMEOUT_S = 30.0  # a client that does not read for so long loses its place in the batch

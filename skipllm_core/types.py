@@ -55,6 +55,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids included unless ignore_eos
     # What the whole answer has to follow: a grammar of llguidance's, in Lark or as its JSON.
     grammar: str | None = None
+    cache_salt: str = ""  # prompts share K/V only with those of the same salt
     skip: SkipParams = field(default_factory=SkipParams)
 
 

@@ -33,6 +33,13 @@ def usage_block(usage: Usage) -> dict[str, Any]:
     }
 
 
+def stop_reason(stopped_by: str | int | None, stop_token_ids: Sequence[int]) -> str | int | None:
+    """vLLM's: the stop string or the token, of those that the request named, that ended an answer;
+    null where it ended otherwise."""
+    is_told = isinstance(stopped_by, str) or stopped_by in stop_token_ids
+    return stopped_by if is_told else None
+
+
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """A token alone, as OpenAI shows it: `bytes:\\xe2\\x80` where it is no whole characters."""
     raw = tokenizer.token_bytes(token_id)

@@ -148,6 +148,10 @@ class GenerationRequest(Wire):
 
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of the prompt to use: its last ones, or see truncation_side."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where truncate_prompt_tokens cuts: the prompt's begin (`left`), or its end."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Prompts share what was computed of them only with those of the same salt."""
     return_token_ids: bool | None = None
     """Whether the answer tells the ids of its tokens and of the prompt's."""
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None

@@ -98,8 +98,17 @@ def to_sampling_params(
         logprobs=_num_logprobs(request),
         stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
         grammar=grammar,
+        cache_salt=request.cache_salt or "",
         skip=skip,
     )
+
+
+def truncated(request: GenerationRequest, prompt_ids: list[int]) -> list[int]:
+    """The tokens of a prompt that are used."""
+    limit = request.truncate_prompt_tokens
+    if limit is None:
+        return prompt_ids
+    return prompt_ids[:limit] if request.truncation_side == "right" else prompt_ids[-limit:]
 
 
 def to_skip_params(

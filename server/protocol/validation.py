@@ -49,6 +49,8 @@ def first_fault(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     got = context["got"] if "got" in context else error.get("input")
     if kind == "json_invalid" or (kind == "missing" and not param):
         return InvalidRequestError(MALFORMED_JSON)
+    if _EXPECTED.get(kind) == "an integer" and isinstance(got, float) and abs(got) >= 2**63:
+        return _beyond_64_bits(param, got)
     if kind in _EXPECTED:
         message = (
             f"Invalid type for '{param or 'body'}': expected {_EXPECTED[kind]}, "
@@ -86,7 +88,7 @@ def _other_fault(
 
 
 def unsupported(param: str) -> InvalidRequestError:
-    message = f"Unsupported parameter: '{param}' is not supported with this model."
+    message = f"Unsupported parameter: '{param}' is not supported by this server."
     return InvalidRequestError(message, param=param, code="unsupported_parameter")
 
 
@@ -111,6 +113,13 @@ def _out_of_bounds(
         f"Expected a value {sign} {bound}, but got {_glimpse(got)} instead."
     )
     return _fault(param, message, f"{number}_{side}_{end}_value")
+
+
+def _beyond_64_bits(param: str, got: float) -> InvalidRequestError:
+    """An integer that JSON may have and we may not: the parser made a decimal of it."""
+    if got > 0:
+        return _out_of_bounds(param, "less_than_equal", {"le": 2**63 - 1}, got)
+    return _out_of_bounds(param, "greater_than_equal", {"ge": -(2**63)}, got)
 
 
 def _wrong_length(param: str, kind: str, context: Mapping[str, Any]) -> InvalidRequestError:

@@ -31,15 +31,23 @@ from server.errors import (
 )
 from server.generation import Choice, Delta, Generation
 from server.parts import AnswerParser, PlainParser
+from server.protocol.base import GenerationRequest
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
-from server.protocol.sampling import check_combinations, to_sampling_params, to_skip_params
+from server.protocol.sampling import (
+    check_combinations,
+    to_sampling_params,
+    to_skip_params,
+    truncated,
+)
 from server.service import Service
-from server.sse import event_stream
+from server.sse import KEEP_ALIVE, event_stream
 from server.tools.grammars import Constraint
 from skipllm_core.detokenizer import Detokenizer
 
 T = TypeVar("T")
+
+HELD_S = 5.0  # how long a stream's response waits for the first output, before it begins without
 
 
 class AnswerForm(Protocol):
@@ -75,6 +83,16 @@ def refuse_early(service: Service, request: ChatRequest | CompletionRequest) -> 
     check_combinations(request)
 
 
+async def encode_prompt(
+    service: Service, request: GenerationRequest, num_chars: int, encode: Callable[[], list[int]]
+) -> list[int]:
+    """The prompt's tokens, as many as the request wants to use. Where it truncates, a text is not
+    too long by its length alone."""
+    if request.truncate_prompt_tokens is not None:
+        return await asyncio.to_thread(lambda: truncated(request, encode()))
+    return await service.encode(num_chars, encode)
+
+
 def submit(
     service: Service,
     http: Request,
@@ -87,8 +105,6 @@ def submit(
     """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed, and
     all follow the constraint."""
     skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
-    if request.truncate_prompt_tokens is not None:
-        prompts = [prompt[-request.truncate_prompt_tokens :] for prompt in prompts]
     sequences = []
     for prompt_ids in prompts:
         params = to_sampling_params(
@@ -123,20 +139,36 @@ def submit(
 async def answer(
     http: Request, generation: Generation, form: AnswerForm, *, stream: bool
 ) -> Response:
-    """The response. Until the engine's first output, failures still have a status of their own."""
+    """The response. Until the engine's first output, failures still have a status of their own; of
+    a stream for `HELD_S` at most, so that no proxy takes a long wait for a dead connection."""
     deltas = generation.deltas()
+    first: asyncio.Future[Delta] | None = None
     try:
         if not stream:
             return await unless_disconnected(http.receive, _whole(generation, deltas, form))
-        first = await unless_disconnected(http.receive, anext(deltas))
+        first = asyncio.ensure_future(anext(deltas))
+        await unless_disconnected(http.receive, asyncio.wait({first}, timeout=HELD_S))
+        if first.done():
+            first.result()
     except BaseException as error:
         if isinstance(error, Exception) and not isinstance(error, ClientDisconnectedError):
             reply = reply_to(error)
             generation.fail(reply.status, reply.message)
-        generation.close()
+        _abandon(generation, first)
         raise
+
     # A client that leaves while an event is being sent reaches only the background task.
-    return event_stream(_events(generation, first, deltas, form), BackgroundTask(generation.close))
+    async def abandon() -> None:  # not in a thread, as plain functions are
+        _abandon(generation, first)
+
+    return event_stream(_events(generation, first, deltas, form), BackgroundTask(abandon))
+
+
+def _abandon(generation: Generation, first: asyncio.Future[Delta] | None) -> None:
+    """Ends what has not ended. May be called twice."""
+    if first is not None and not first.cancel() and not first.cancelled():
+        first.exception()  # nobody else may have asked
+    generation.close()
 
 
 async def _whole(
@@ -151,12 +183,18 @@ async def _whole(
 
 
 async def _events(
-    generation: Generation, first: Delta, rest: AsyncIterator[Delta], form: AnswerForm
+    generation: Generation,
+    first: asyncio.Future[Delta],
+    rest: AsyncIterator[Delta],
+    form: AnswerForm,
 ) -> AsyncGenerator[bytes, None]:
     try:
+        if not first.done():
+            yield KEEP_ALIVE
+        first_delta = await first
         for event in form.opening():
             yield event
-        async for delta in _chained(first, rest):
+        async for delta in _chained(first_delta, rest):
             if delta.parts or delta.finish_reason:
                 for event in form.events(delta):
                     yield event
@@ -169,7 +207,7 @@ async def _events(
         generation.fail(200, reply.message)
         yield form.failure(reply)
     finally:
-        generation.close()
+        _abandon(generation, first)
 
 
 async def _chained(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
@@ -188,6 +226,7 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         tuple(offset for delta in deltas for offset in delta.text_offsets),
         tuple(layers for delta in deltas for layers in delta.skipped_layers),
         last.finish_reason,
+        last.stopped_by,
     )
 
 

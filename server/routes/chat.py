@@ -14,10 +14,16 @@ from starlette.responses import Response
 from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
-from server.protocol.answers import chat_logprobs, usage_block
+from server.protocol.answers import chat_logprobs, stop_reason, usage_block
 from server.protocol.chat import ChatRequest
 from server.protocol.schemas import ChatCompletion, ChatCompletionChunk
-from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.answering import (
+    answer,
+    encode_prompt,
+    refuse_early,
+    submit,
+    unless_disconnected,
+)
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -61,7 +67,8 @@ async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
         continue_final_message=bool(body.continue_final_message),
         options=options.model_dump(exclude_none=True) if options is not None else None,
     )
-    return await service.encode(sum(len(message["content"]) for message in messages), encode)
+    num_chars = sum(len(message["content"]) for message in messages)
+    return await encode_prompt(service, body, num_chars, encode)
 
 
 class ChatForm:
@@ -78,6 +85,7 @@ class ChatForm:
             "created": int(time.time()),
             "model": service.model_name,
             "system_fingerprint": service.fingerprint,
+            "service_tier": None,
         }
         self._stream = ChunkStream(self._head, generation, body.stream_options)
 
@@ -89,15 +97,21 @@ class ChatForm:
                 "message": {"role": "assistant", "content": delta.text, "refusal": None},
                 "logprobs": None,
                 "finish_reason": delta.finish_reason,
+                "stop_reason": self._stop_reason(delta),
+                "token_ids": None,
             }
             self._add_details(choice, delta)
             if delta.skipped_layers:
                 choice["skip"] = {"skipped_layers": delta.skipped_layers}
             choices.append(choice)
-        content = {**self._head, "choices": choices, "usage": usage_block(self._generation.usage)}
-        if self._body.return_token_ids:
-            content["prompt_token_ids"] = self._prompt_ids
-        return content
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage_block(self._generation.usage),
+            "prompt_logprobs": None,
+            "prompt_token_ids": self._prompt_ids if self._body.return_token_ids else None,
+            "kv_transfer_params": None,
+        }
 
     def opening(self) -> Iterator[bytes]:
         for index in range(self._body.n or 1):
@@ -105,20 +119,20 @@ class ChatForm:
             if self._body.return_token_ids and index == 0:
                 more["prompt_token_ids"] = self._prompt_ids
             choice = self._choice(index, {"role": "assistant", "content": ""})
-            yield self._stream.chunk(choice, **more)
+            yield self._stream.chunk(choice, is_opening=True, **more)
 
     def events(self, delta: Delta) -> Iterator[bytes]:
         if delta.text:
             choice = self._choice(delta.index, {"content": delta.text})
         else:  # its last tokens, which have no text
-            choice = self._choice(delta.index, {}, delta.finish_reason)
+            choice = self._choice(delta.index, {}, delta)
         self._add_details(choice, delta)
         more: dict[str, Any] = {}
         if delta.skipped_layers:
             more["skip"] = {"skipped_layers": delta.skipped_layers}
         yield self._stream.chunk(choice, **more)
         if delta.text and delta.finish_reason is not None:
-            yield self._stream.chunk(self._choice(delta.index, {}, delta.finish_reason))
+            yield self._stream.chunk(self._choice(delta.index, {}, delta))
 
     def closing(self) -> Iterator[bytes]:
         return self._stream.closing()
@@ -127,9 +141,18 @@ class ChatForm:
         return failure(reply)
 
     def _choice(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
+        self, index: int, delta: dict[str, Any], end: Delta | None = None
     ) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": None if end is None else end.finish_reason,
+            "stop_reason": None if end is None else self._stop_reason(end),
+        }
+
+    def _stop_reason(self, delta: Delta) -> str | int | None:
+        return stop_reason(delta.stopped_by, self._body.stop_token_ids or ())
 
     def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
         if self._body.logprobs:

@@ -7,6 +7,7 @@ from typing import Any
 
 from server.errors import ErrorReply
 from server.generation import Generation
+from server.parts import Usage
 from server.protocol.answers import usage_block
 from server.protocol.base import StreamOptions
 from server.sse import DONE, event
@@ -22,12 +23,19 @@ class ChunkStream:
         self._generation = generation
         self._options = options or StreamOptions()
 
-    def chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
-        """A chunk of one choice. Where usage is asked for, each has it, or null till the end."""
+    def chunk(self, choice: dict[str, Any], *, is_opening: bool = False, **more: Any) -> bytes:
+        """A chunk of one choice. Where usage is asked for, each has it, or null till the end;
+        before the first token is sent, none is counted."""
         content = {**self._head, "choices": [choice], **more}
         if self._options.include_usage:
+            usage = self._generation.usage
+            if is_opening:
+                usage = Usage(
+                    num_prompt_tokens=usage.num_prompt_tokens,
+                    num_cached_tokens=usage.num_cached_tokens,
+                )
             is_told = self._options.continuous_usage_stats
-            content["usage"] = usage_block(self._generation.usage) if is_told else None
+            content["usage"] = usage_block(usage) if is_told else None
         return event(content)
 
     def closing(self) -> Iterator[bytes]:

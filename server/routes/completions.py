@@ -16,10 +16,17 @@ from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
 from server.parts import Content
-from server.protocol.answers import completion_logprobs, usage_block
+from server.protocol.answers import completion_logprobs, stop_reason, usage_block
 from server.protocol.completions import CompletionRequest, Prompt
+from server.protocol.sampling import truncated
 from server.protocol.schemas import Completion, CompletionChunk
-from server.routes.answering import answer, refuse_early, submit, unless_disconnected
+from server.routes.answering import (
+    answer,
+    encode_prompt,
+    refuse_early,
+    submit,
+    unless_disconnected,
+)
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -48,12 +55,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 async def _encode(service: Service, body: CompletionRequest, prompt: Prompt) -> list[int]:
     if isinstance(prompt, list):
-        return prompt
+        return truncated(body, prompt)
     add_special_tokens = body.add_special_tokens is not False
     encode = functools.partial(
         service.tokenizer.encode, prompt, add_special_tokens=add_special_tokens
     )
-    return await service.encode(len(prompt), encode)
+    return await encode_prompt(service, body, len(prompt), encode)
 
 
 class CompletionForm:
@@ -74,20 +81,22 @@ class CompletionForm:
             "created": int(time.time()),
             "model": service.model_name,
             "system_fingerprint": service.fingerprint,
+            "service_tier": None,
         }
         self._stream = ChunkStream(self._head, generation, body.stream_options)
+        self._begun: set[int] = set()  # choices that have had a chunk
 
     def opening(self) -> Iterator[bytes]:
         if self._body.echo:
             for index in range(len(self._prompts) * (self._body.n or 1)):
                 echoed = Delta(index, (Content(self._echoed(index)),))
-                yield self._stream.chunk(self._choice(echoed))
+                yield self._stream.chunk(self._chunk_choice(echoed), is_opening=True)
 
     def events(self, delta: Delta) -> Iterator[bytes]:
         more: dict[str, Any] = {}
         if delta.skipped_layers:
             more["skip"] = {"skipped_layers": delta.skipped_layers}
-        yield self._stream.chunk(self._choice(delta), **more)
+        yield self._stream.chunk(self._chunk_choice(delta), **more)
 
     def closing(self) -> Iterator[bytes]:
         return self._stream.closing()
@@ -98,7 +107,11 @@ class CompletionForm:
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
         choices = []
         for delta in answers:
-            choice = self._choice(delta)
+            choice = {
+                **self._choice(delta),
+                "prompt_token_ids": None,
+                "prompt_logprobs": None,
+            }
             if self._body.echo:
                 choice["text"] = self._echoed(delta.index) + choice["text"]
             if delta.skipped_layers:
@@ -106,7 +119,19 @@ class CompletionForm:
             if self._body.return_token_ids:
                 choice["prompt_token_ids"] = self._prompt_ids(delta.index)
             choices.append(choice)
-        return {**self._head, "choices": choices, "usage": usage_block(self._generation.usage)}
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage_block(self._generation.usage),
+            "kv_transfer_params": None,
+        }
+
+    def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
+        choice = self._choice(delta)
+        if self._body.return_token_ids and delta.index not in self._begun:
+            choice["prompt_token_ids"] = self._prompt_ids(delta.index)
+        self._begun.add(delta.index)
+        return choice
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -114,6 +139,8 @@ class CompletionForm:
             "text": delta.text,
             "logprobs": None,
             "finish_reason": delta.finish_reason,
+            "stop_reason": stop_reason(delta.stopped_by, self._body.stop_token_ids or ()),
+            "token_ids": None,
         }
         if self._body.logprobs is not None:
             choice["logprobs"] = completion_logprobs(
@@ -127,6 +154,8 @@ class CompletionForm:
         return self._prompts[index // (self._body.n or 1)]
 
     def _echoed(self, index: int) -> str:
-        """The prompt's text, as it was given or, for ids, as it reads."""
+        """The prompt's text as it was given or, for ids and what is left of a text, as it reads."""
         prompt = self._body.prompts[index // (self._body.n or 1)]
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
+            return prompt
+        return self._tokenizer.decode(self._prompt_ids(index))

@@ -35,8 +35,9 @@ class BlockManager:
         blank    the rest; taken before cached ones
 
     A published block is found by its key: the content id of the block before it, and its own token
-    ids. A content id is given to one block's content and never again, so it stands for all tokens
-    up to there; and a dict compares whole keys, so prompts whose hashes collide do not meet.
+    ids; of a prompt's first block, the request's salt, too. A content id is given to one block's
+    content and never again, so it stands for all tokens up to there; and a dict compares whole
+    keys, so prompts whose hashes collide do not meet.
     """
 
     def __init__(
@@ -155,7 +156,9 @@ class BlockManager:
         nobody can prepare prompts that all collide."""
         start = index * self.block_size
         token_ids = seq.token_ids[start : start + self.block_size]
-        return array("q", (content_id, *token_ids)).tobytes()
+        key = array("q", (content_id, *token_ids)).tobytes()
+        # The blocks behind the first are told apart by its content id.
+        return seq.params.cache_salt.encode() + key if content_id == _ROOT else key
 
     def _take(self) -> int:
         if self._blank:

@@ -17,7 +17,7 @@ from skipllm_core.engine.runner import Batch, StepResult
 from skipllm_core.sequence import Sequence
 from skipllm_core.tokenizer import ByteTokenizer
 from skipllm_core.types import TokenLogprobs
-from tests.fakes import FakeRunner
+from tests.fakes import FakeRunner, count_up
 from tests.server.conftest import MODEL, Server, make_profile, running
 
 SONG = "Füchse 🦊 jump over the dog.\nThe end. "
@@ -57,8 +57,12 @@ async def test_a_chat_answer_has_openais_form(singer: Server) -> None:
             "message": {"role": "assistant", "content": "Füchs", "refusal": None},
             "logprobs": None,
             "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": None,
         }
     ]
+    for key in ("prompt_logprobs", "prompt_token_ids", "kv_transfer_params", "service_tier"):
+        assert content[key] is None, "vLLM's clients look for it"
     num_prompt_tokens = len(ByteTokenizer().encode("user: hi\nassistant: "))
     assert content["usage"] == {
         "prompt_tokens": num_prompt_tokens,
@@ -93,7 +97,8 @@ async def test_a_stream_opens_with_the_role_and_ends_with_reason_usage_and_done(
         assert list(chunk)[:4] == ["id", "object", "created", "model"]
         assert chunk["object"] == "chat.completion.chunk"
         assert (chunk["id"], chunk["created"]) == (first["id"], first["created"])
-        assert set(chunk["choices"][0]) == {"index", "delta", "logprobs", "finish_reason"}
+        (choice,) = chunk["choices"]
+        assert set(choice) == {"index", "delta", "logprobs", "finish_reason", "stop_reason"}
     deltas = [chunk["choices"][0]["delta"]["content"] for chunk in texts]
     assert "".join(deltas) == "Füchs"
     assert all(deltas), "no empty chunk where half a character came"
@@ -351,14 +356,84 @@ async def test_token_ids_are_returned_when_asked_for(server: Server) -> None:
     assert whole["choices"][0]["token_ids"] == [33, 34]
     chunks = events((await server.chat("a", max_tokens=2, return_token_ids=True, stream=True)).text)
     assert chunks[0]["prompt_token_ids"] == prompt_ids
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
     ids = [i for chunk in chunks for i in chunk["choices"][0].get("token_ids", [])]
     assert ids == [33, 34]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_the_first_chunk_of_each_streamed_text_has_its_prompts_tokens(
+    server: Server, echo: bool
+) -> None:
+    options = {"n": 2, "max_tokens": 3, "return_token_ids": True, "echo": echo}
+    whole = (await server.complete(["a", "k"], **options)).json()["choices"]
+    chunks = events((await server.complete(["a", "k"], **options, stream=True)).text)
+    for choice in whole:
+        own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        first, *others = own
+        assert first["prompt_token_ids"] == choice["prompt_token_ids"]
+        assert not any("prompt_token_ids" in other for other in others)
+        assert [i for part in own for i in part["token_ids"]] == choice["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason", "finish_reason"),
+    [
+        ({"stop": ["zz", "d"]}, "d", "stop"),
+        ({"stop_token_ids": [100]}, 100, "stop"),
+        ({"max_tokens": 3}, None, "length"),
+        ({"prompt": [126]}, None, "stop"),  # the model's own end
+    ],
+)
+async def test_what_stopped_an_answer_is_told(
+    body: dict[str, Any], reason: str | int | None, finish_reason: str
+) -> None:
+    def ending(seq: Sequence) -> int:
+        return ByteTokenizer.EOS if seq.token_ids[-1] == 126 else count_up(seq)
+
+    async with running(ending) as server:
+        body = {"prompt": "a", "max_tokens": 9} | body
+        (whole,) = (await server.post("/v1/completions", body)).json()["choices"]
+        chunks = events((await server.post("/v1/completions", body | {"stream": True})).text)
+    assert (whole["stop_reason"], whole["finish_reason"]) == (reason, finish_reason)
+    reasons = [chunk["choices"][0]["stop_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [reason]
+
+
+async def test_a_chats_stop_is_told_in_its_last_chunk(server: Server) -> None:
+    chunks = events((await server.chat(stop="#", max_tokens=9, stream=True)).text)
+    ends = [chunk["choices"][0] for chunk in chunks]
+    assert [(end["stop_reason"], end["finish_reason"]) for end in ends if end["finish_reason"]] == [
+        ("#", "stop")
+    ]
+    assert (await server.chat(stop="#")).json()["choices"][0]["stop_reason"] == "#"
 
 
 async def test_prompts_are_truncated_to_their_last_tokens(server: Server) -> None:
     content = (await server.complete("x" * 90 + "a", truncate_prompt_tokens=3)).json()
     assert content["usage"]["prompt_tokens"] == 3
     assert content["choices"][0]["text"].startswith("bcd")
+
+
+@pytest.mark.parametrize("prompt", ["x" * 10_000 + "abc", [*b"x" * 10_000, *b"abc"]])
+@pytest.mark.parametrize(("side", "used"), [(None, b"abc"), ("left", b"abc"), ("right", b"xxx")])
+async def test_a_prompt_beyond_the_context_is_truncated_to_what_is_asked_for(
+    server: Server, prompt: Any, side: str | None, used: bytes
+) -> None:
+    options = {"truncate_prompt_tokens": 3, "truncation_side": side, "add_special_tokens": False}
+    reply = await server.complete(prompt, max_tokens=1, return_token_ids=True, **options)
+    content = reply.json()
+    assert content["usage"]["prompt_tokens"] == 3
+    assert content["choices"][0]["prompt_token_ids"] == list(used)
+    echoed = (await server.complete(prompt, max_tokens=1, echo=True, **options)).json()
+    assert echoed["choices"][0]["text"] == (used + bytes([used[-1] + 1])).decode()
+
+
+async def test_a_conversation_beyond_the_context_is_truncated_too(server: Server) -> None:
+    options = {"truncate_prompt_tokens": 16, "return_token_ids": True}
+    content = (await server.chat("x" * 10_000, max_tokens=1, **options)).json()
+    assert content["prompt_token_ids"] == ByteTokenizer().encode("x" * 100 + "\nassistant: ")[-16:]
+    assert (await server.chat("x" * 10_000)).json()["error"]["code"] == "context_length_exceeded"
 
 
 async def test_a_final_message_is_continued(server: Server) -> None:
@@ -405,4 +480,6 @@ async def test_usage_can_be_told_in_every_chunk(server: Server) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events((await server.chat(max_tokens=3, stream=True, stream_options=options)).text)
     assert all(chunk["usage"]["prompt_tokens"] for chunk in chunks)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[0]["usage"]["completion_tokens"] == 0
     assert chunks[-1]["usage"]["completion_tokens"] == 3

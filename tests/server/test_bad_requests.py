@@ -98,6 +98,7 @@ NUMBERS: list[Case] = [
     ({"min_tokens": 2**63}, "min_tokens", "integer_above_max_value"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "invalid_value"),
     ({"seed": 2**63}, "seed", "integer_above_max_value"),
+    ({"top_k": 2.0**63}, "top_k", "integer_above_max_value"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "integer_above_max_value"),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
 ]  # fmt: skip
@@ -151,7 +152,7 @@ UNSUPPORTED: list[Case] = [
         "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}],
         "prompt_logprobs": 1,
         "suffix": "x", "best_of": 2, "modalities": ["audio"], "audio": {"voice": "x"},
-        "prediction": {"type": "content"}, "priority": 1, "chat_template": "{{ 1 }}",
+        "priority": 1, "chat_template": "{{ 1 }}",
         "echo": True, "add_special_tokens": True, "return_tokens_as_token_ids": True,
         "use_beam_search": True,
     }.items()
@@ -215,7 +216,7 @@ async def test_the_wording_is_openais(server: Server) -> None:
     )
     assert await message(messages=[{}]) == "Missing required parameter: 'messages[0].role'."
     assert await message(suffix="x") == (
-        "Unsupported parameter: 'suffix' is not supported with this model."
+        "Unsupported parameter: 'suffix' is not supported by this server."
     )
     assert (await message(temperature=2.5)).startswith(
         "Invalid 'temperature': decimal above maximum value."

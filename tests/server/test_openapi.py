@@ -6,9 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from server.guard import PUBLIC_PATHS
-from tests.server.conftest import Server, running
+from server.protocol.schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Error,
+    Health,
+    ModelCard,
+    ModelList,
+    ServerInfo,
+    Status,
+    Version,
+)
+from tests.server.conftest import MODEL, Server, running
+from tests.server.test_answers import events
 
 Operation = tuple[str, str, dict[str, Any]]
 
@@ -104,3 +119,48 @@ async def test_a_key_is_a_bearer_token_and_probes_need_none() -> None:
 
 def test_without_keys_a_key_is_welcome_and_not_needed(document: Any) -> None:
     assert {} in document["paths"]["/v1/models"]["get"]["security"]
+
+
+EVERYTHING: dict[str, Any] = {
+    "n": 2,
+    "max_tokens": 5,
+    "return_token_ids": True,
+    "stop": "zz",
+    "skip": {"ratio": 0.2, "warmup_tokens": 2, "trace": True},
+}
+
+
+@pytest.mark.parametrize("body", [{}, EVERYTHING], ids=["plain", "everything"])
+async def test_answers_and_chunks_are_as_documented_key_by_key(
+    server: Server, body: dict[str, Any]
+) -> None:
+    chat = {"logprobs": True, "top_logprobs": 2, **body} if body else {}
+    text = {"logprobs": 2, "echo": False, **body} if body else {}
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    ChatCompletion.model_validate_json((await server.chat(**chat)).content)
+    Completion.model_validate_json((await server.complete(**text)).content)
+    options: dict[str, Any] = {"stream": True, "stream_options": usage if body else None}
+    for chunk in events((await server.chat(**chat, **options)).text):
+        ChatCompletionChunk.model_validate(chunk)
+    for chunk in events((await server.complete(**text, **options)).text):
+        CompletionChunk.model_validate(chunk)
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("/v1/models", ModelList),
+        (f"/v1/models/{MODEL}", ModelCard),
+        ("/health", Health),
+        ("/ready", Status),
+        ("/live", Status),
+        ("/version", Version),
+        ("/server_info", ServerInfo),
+        ("/v1/models/other", Error),
+        ("/nowhere", Error),
+    ],
+)
+async def test_what_is_read_is_as_documented(
+    server: Server, path: str, model: type[BaseModel]
+) -> None:
+    model.model_validate_json((await server.http.get(path)).content)

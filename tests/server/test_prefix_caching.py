@@ -57,6 +57,17 @@ async def test_streams_and_completions_tell_it_too(server: Server) -> None:
     assert cached(events(reply.text)[-1]["usage"]) > most
 
 
+async def test_prompts_of_another_salt_share_nothing(server: Server) -> None:
+    async def num_cached(**salt: str) -> int:
+        return cached((await server.complete(LONG, max_tokens=1, **salt)).json()["usage"])
+
+    assert await num_cached() == 0
+    assert await num_cached(cache_salt="a") == 0
+    assert await num_cached(cache_salt="b") == 0
+    assert await num_cached() == await num_cached(cache_salt="a") > 0
+    assert (await server.complete(cache_salt="")).status_code == 400
+
+
 async def test_each_prompt_counts_once_with_what_its_first_choice_found() -> None:
     """As prompt_tokens does. What the later choices found, the first had just computed."""
     async with running(max_num_seqs=1) as server:  # one choice after the other
