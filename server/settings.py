@@ -136,7 +136,7 @@ class Settings(BaseModel):
     )
     skip_threshold: float | None = _setting(
         "Skipping", None, "Cosine similarity from which a token skips; instead of a ratio.",
-        ge=0, le=1,
+        ge=-1, le=1,
     )  # fmt: skip
     min_agreement: float | None = _setting(
         "Skipping",
@@ -209,6 +209,11 @@ class Settings(BaseModel):
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or self.model or EMBEDDED_MODEL_NAME
+
+    @property
+    def is_embedded_model(self) -> bool:
+        """Whether the model is the one that is part of the package: by its name, or by default."""
+        return self.model in (None, EMBEDDED_MODEL_NAME)
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
         memory = self.kv_cache_memory

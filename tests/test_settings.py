@@ -39,6 +39,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     [
         ({"max_num_seqs": "0"}, {}, "", "--max-num-seqs: must be greater than or equal to 1"),
         ({"dtype": "int8"}, {}, "", "--dtype: must be 'auto', 'bfloat16'"),
+        ({"skip_threshold": "-1.1"}, {}, "", "--skip-threshold: must be greater than or equal"),
         ({"skip_ratio": "nan"}, {}, "", "--skip-ratio: must be a finite number"),
         ({"kv_cache_memory": "-4GiB"}, {}, "", "--kv-cache-memory: "),
         ({}, {"SKIPLLM_PORT": "80a"}, "", "PORT: must be a valid integer, but got '80a'"),
@@ -81,6 +82,7 @@ def profile_to(max_ratio: float) -> SkipProfile:
         (Settings(), 0.2, SkipDefaults(policy="ffn_skip", ratio=0.2)),
         (Settings(skip_ratio=0.1), 0.35, SkipDefaults(policy="ffn_skip", ratio=0.1)),
         (Settings(skip_threshold=0.9), 0.35, SkipDefaults(policy="ffn_skip", threshold=0.9)),
+        (Settings(skip_threshold=-0.3), 0.35, SkipDefaults(policy="ffn_skip", threshold=-0.3)),
         (Settings.model_validate({"skip_policy": "off"}), 0.35, SkipDefaults(ratio=0.25)),
         (Settings(skip_policy="never"), 0.35, SkipDefaults(policy="never", ratio=0.25)),
         (

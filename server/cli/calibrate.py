@@ -20,15 +20,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from server.cli.models import find_model
 from server.cli.prompts import TEXT_SUFFIXES, read_paragraphs, read_prompt_lines
 from server.settings import Settings, SettingsError
 from skipllm_core.calibration.prompts import BUILT_IN
 from skipllm_core.calibration.work import OnProgress, Options
 from skipllm_core.client.worker_handle import openmp_environment
-from skipllm_core.demo import MODEL_DIR
 from skipllm_core.demo.data import prompts as demo_prompts
 from skipllm_core.errors import ConfigError, InvalidRequestError
-from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.tokenizer import HFTokenizer, Tokenizer
 
@@ -42,11 +41,11 @@ def run_calibration(
     """Measures the model on the prompts and writes its profile. Raises ConfigError."""
     if not out.parent.is_dir():  # better told now than after the measurement
         raise SettingsError(f"cannot write {out}: {out.parent} is not a directory")
-    model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+    model_dir = find_model(settings)
     tokenizer = HFTokenizer(model_dir)
     if prompt_files:
         prompts = [ids for path in prompt_files for ids in read_prompts(path, tokenizer)]
-    elif settings.model is None:
+    elif settings.is_embedded_model:
         chats = islice(demo_prompts.prompts(), NUM_DEMO_PROMPTS)
         prompts = [tokenizer.encode_chat(messages) for messages in chats]
     else:

@@ -233,13 +233,12 @@ def _backend(
         client = ChatClient(plan.base_url, plan.model_name, os.environ.get("SKIPLLM_EVAL_API_KEY"))
         return HttpBackend(client, plan.max_tokens, plan.concurrency, plan.seed), None, {}
     from server.cli.launch import PROFILE_NAME, find_profile
+    from server.cli.models import find_model
     from skipllm_core.client.worker_handle import openmp_environment
-    from skipllm_core.demo import MODEL_DIR
     from skipllm_core.model.config import load_model_config
     from skipllm_core.model.fingerprint import model_fingerprint
-    from skipllm_core.model.hub import resolve_model
 
-    model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+    model_dir = find_model(settings)
     profile = find_profile(settings.skip_profile, model_dir)
     profile_path = settings.skip_profile or model_dir / PROFILE_NAME
     os.environ.update(openmp_environment(settings.num_threads))  # before torch is loaded

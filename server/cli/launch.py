@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.app import build_app
 from server.cli.banner import describe_skipping, print_banner, print_line
+from server.cli.models import find_model
 from server.errors import ErrorReply
 from server.lifecycle import Lifecycle
 from server.logs import configure_logging
@@ -30,11 +31,9 @@ from server.metrics import Metrics
 from server.protocol.sampling import SamplingDefaults
 from server.settings import Settings
 from skipllm_core.client import ProcessEngineClient
-from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import ConfigError
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.fingerprint import model_fingerprint
-from skipllm_core.model.hub import resolve_model
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import resolve_skip
 from skipllm_core.tokenizer import HFTokenizer
@@ -54,7 +53,7 @@ def run_server(settings: Settings) -> int:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, unused
     with listen(settings.host, settings.port) as listener:  # a taken port is told before the load
         print_line(f"loading {settings.model_name} ...")
-        model_dir = MODEL_DIR if settings.model is None else resolve_model(settings.model)
+        model_dir = find_model(settings)
         load_model_config(model_dir)  # an unsupported model is told before anything else of it
         profile = find_profile(settings.skip_profile, model_dir)
         return uvloop.run(_serve(settings, model_dir, profile, listener))

@@ -59,7 +59,7 @@ class SkipWish(Wire):
     """What decides which FFN blocks are skipped; `off`, the same as `never`: none."""
     ratio: Ratio | None = None
     """Share of FFN blocks to skip; the skip profile turns it into a threshold."""
-    threshold: Ratio | None = None
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Cosine similarity from which a token skips; instead of a ratio."""
     warmup_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     """First generated tokens that are decoded in full."""

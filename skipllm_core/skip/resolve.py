@@ -146,9 +146,10 @@ def _within(ratio: float | None, most: float) -> float:
 
 def _check_ranges(wish: SkipOptions) -> None:
     """NaN fails too: it compares false with everything."""
-    for name, share in (("ratio", wish.ratio), ("threshold", wish.threshold)):
-        if share is not None and not 0 <= share <= 1:
-            raise InvalidRequestError(f"skip.{name} must be within 0 and 1.", param=f"skip.{name}")
+    for name, least, value in (("ratio", 0, wish.ratio), ("threshold", -1, wish.threshold)):
+        if value is not None and not least <= value <= 1:
+            message = f"skip.{name} must be within {least} and 1."
+            raise InvalidRequestError(message, param=f"skip.{name}")
     for name, count in (("warmup_tokens", wish.warmup_tokens), ("max_skips", wish.max_skips)):
         if count is not None and count < 0:
             raise InvalidRequestError(f"skip.{name} must not be negative.", param=f"skip.{name}")

@@ -75,7 +75,16 @@ def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("server.cli.calibrate.NUM_DEMO_PROMPTS", 8)
-    command = ["calibrate", "--max-tokens", "12", "--warmup-tokens", "1", "--num-threads", "1"]
+    command = [
+        "calibrate",
+        "skipllm-demo",
+        "--max-tokens",
+        "12",
+        "--warmup-tokens",
+        "1",
+        "--num-threads",
+        "1",
+    ]
     result = CliRunner().invoke(app, [*command, "--cold-start", "0", "--cold-end", "4"])
     assert result.exit_code == 0, result.output
     profile = SkipProfile.load(tmp_path / "skip.yaml")

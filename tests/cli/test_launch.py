@@ -16,6 +16,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from server.cli.launch import find_profile, listen
+from server.cli.models import find_model
+from server.settings import Settings
+from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import ConfigError, ProfileError
 from skipllm_core.model.fingerprint import model_fingerprint
 from tests.e2e.serving import Served, serve
@@ -39,6 +42,13 @@ def test_a_model_brings_its_own_profile(checkpoint: Path) -> None:
     own = profile(fingerprint=model_fingerprint(checkpoint))
     own.save(checkpoint / "skip.yaml")
     assert find_profile(None, checkpoint) == own
+
+
+@pytest.mark.parametrize("name", [None, "skipllm-demo"])
+def test_the_embedded_model_has_a_name(name: str | None) -> None:
+    settings = Settings(model=name)
+    assert find_model(settings) == MODEL_DIR
+    assert settings.model_name == "skipllm-demo"
 
 
 def test_a_profile_that_was_named_wins(checkpoint: Path, tmp_path: Path) -> None:

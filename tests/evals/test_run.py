@@ -231,9 +231,10 @@ def test_the_embedded_model_is_evaluated_and_the_judge_asked_once(tmp_path: Path
         return 200, said("[[8]]")
 
     with answering(reply) as url:
-        command = ["eval", "--out", str(out), "--limit", "8", "--ratios", "0.25", "--warmups",
-                   "--policies", "all", "--num-threads", "1", "--judge-url", url,
-                   "--judge-model", "j", "--tasks", "factoid_qa,multi_turn"]  # fmt: skip
+        command = ["eval", "skipllm-demo", "--out", str(out), "--limit", "8",
+                   "--ratios", "0.25", "--warmups", "--policies", "all", "--num-threads", "1",
+                   "--judge-url", url, "--judge-model", "j",
+                   "--tasks", "factoid_qa,multi_turn"]  # fmt: skip
         for _ in range(2):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output

@@ -135,9 +135,9 @@ LISTS: list[Case] = [
 ]
 SKIPS: list[Case] = [
     ({"skip": {name: value}}, f"skip.{name}", code)
-    for name in ("ratio", "threshold")
+    for name, below in (("ratio", -0.1), ("threshold", -1.0001))
     for value, code in [
-        (-0.1, "decimal_below_min_value"), (1.0001, "decimal_above_max_value"),
+        (below, "decimal_below_min_value"), (1.0001, "decimal_above_max_value"),
         ("0.5", "invalid_type"), (True, "invalid_type"),
     ]
 ] + [

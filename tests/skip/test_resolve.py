@@ -50,6 +50,7 @@ def test_a_requests_ratio_replaces_the_servers_threshold_and_the_other_way_round
     assert resolve(by_threshold).threshold == 0.5
     assert resolve(by_threshold, ratio=0.2).threshold == pytest.approx(0.96)
     assert resolve(threshold=0.7).threshold == 0.7
+    assert resolve(threshold=-0.270657).threshold == -0.270657  # what a profile may hold, too
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_trace_is_kept_whether_skipping_or_not() -> None:
         ({"ratio": -0.1}, "skip.ratio"),
         ({"ratio": float("nan")}, "skip.ratio"),
         ({"threshold": 1.0001}, "skip.threshold"),
+        ({"threshold": -1.0001}, "skip.threshold"),
         ({"threshold": float("nan")}, "skip.threshold"),
         ({"ratio": 0.1, "threshold": 0.9}, "skip.threshold"),
         ({"warmup_tokens": -1}, "skip.warmup_tokens"),

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from server.cli.calibrate import read_prompts
 from server.cli.launch import find_profile
-from server.settings import DEFAULT_SKIP_RATIO, EMBEDDED_MODEL_NAME, Settings, SettingsError
+from server.cli.models import find_model
+from server.settings import DEFAULT_SKIP_RATIO, Settings, SettingsError
 from skipllm_core.bench.cases import make_cases
 from skipllm_core.bench.decode import DecodeBench, step_bytes
 from skipllm_core.bench.prefill import bench_prefill
@@ -42,7 +43,6 @@ from skipllm_core.demo import MODEL_DIR
 from skipllm_core.demo.data.heldout import held_out_set
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.config import ModelConfig, load_model_config
-from skipllm_core.model.hub import resolve_model
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.skip.resolve import SkipDefaults, resolve_skip
 from skipllm_core.tokenizer import HFTokenizer
@@ -153,11 +153,7 @@ def run_prefill(
 def _model(settings: Settings, shape: str | None) -> Iterator[tuple[str, EngineConfig]]:
     """The model's name for people, and the engine's configuration for it."""
     if shape is None and settings.model is not None:
-        if settings.model == EMBEDDED_MODEL_NAME:
-            model_dir = MODEL_DIR
-        else:
-            model_dir = resolve_model(settings.model)
-        yield settings.model, settings.engine_config(model_dir)
+        yield settings.model, settings.engine_config(find_model(settings))
         return
     shape = shape or DEFAULT_SHAPE
     with tempfile.TemporaryDirectory(prefix="skipllm-shape-") as directory:
