@@ -20,9 +20,9 @@ class PromptLine(msgspec.Struct):
 
 
 def read_prompt_lines(path: Path) -> Iterator[tuple[int, PromptLine]]:
-    """The lines of a JSON Lines file with their numbers, blank ones left out. Raises
-    SettingsError."""
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    """The lines of a JSON Lines file with their numbers, blank ones left out. Lines end at \\n and
+    nowhere else: JSON's strings may hold what other texts part lines with. Raises SettingsError."""
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -37,7 +37,7 @@ def read_prompt_lines(path: Path) -> Iterator[tuple[int, PromptLine]]:
 def read_paragraphs(path: Path) -> list[str]:
     """The paragraphs of a text file, parted by blank lines. Raises SettingsError."""
     paragraphs: list[list[str]] = [[]]
-    for line in _read(path).splitlines():
+    for line in _read(path).replace("\r\n", "\n").split("\n"):
         if line.strip():
             paragraphs[-1].append(line)
         elif paragraphs[-1]:
@@ -47,7 +47,7 @@ def read_paragraphs(path: Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # a byte order mark is no part of the text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise SettingsError(f"cannot read {path}: {reason}") from None

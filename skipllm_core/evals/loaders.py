@@ -95,7 +95,7 @@ def _factoid_rows(path: str) -> list[Any]:
     if path.startswith(HUB_PREFIX):
         return list(_hub_rows(path.removeprefix(HUB_PREFIX), "test"))
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        data = json.loads(_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("Questions"), list):
@@ -118,11 +118,15 @@ def _rows(path: str, split: str) -> Iterator[Any]:
             raise ConfigError(f"cannot read {path}: {error}") from None
     else:
         try:
-            for line in Path(path).read_text("utf-8").split("\n"):
+            for line in _text(path).split("\n"):
                 if line.strip():
                     yield json.loads(line)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from None
+
+
+def _text(path: str) -> str:
+    return Path(path).read_bytes().decode("utf-8-sig")  # a byte order mark is no part of it
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Any]:

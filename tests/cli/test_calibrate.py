@@ -27,6 +27,17 @@ def test_prompts_are_chats_and_raw_texts_one_per_line(tmp_path: Path) -> None:
     assert read_prompts(file, tokenizer) == [chat, tokenizer.encode("abc")]
 
 
+def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    odd = "a\u2028b\u2029c\x85d"  # JSON's strings may hold them; Python parts lines there
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_bytes(f'\ufeff{{"prompt": "{odd}"}}\r\n{{"prompt":\r"e"}}\n'.encode())
+    assert read_prompts(lines, tokenizer) == [tokenizer.encode(odd), tokenizer.encode("e")]
+    text = tmp_path / "prompts.txt"
+    text.write_bytes(f"\ufeff{odd}\r\nx\r\n\r\ny\f".encode())
+    assert read_prompts(text, tokenizer) == [tokenizer.encode(f"{odd}\nx"), tokenizer.encode("y\f")]
+
+
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.md"])
 def test_a_text_files_paragraphs_are_prompts_cut_to_their_beginnings(
     tmp_path: Path, name: str

@@ -40,6 +40,16 @@ def test_mt_bench_keeps_its_turns_and_category(tmp_path: Path) -> None:
     assert loaded.turns == ("Write.", "Rewrite.")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    row = {"question_id": 81, "category": "writing", "turns": ["a\u2028b"]}
+    path = tmp_path / "question.jsonl"
+    path.write_bytes(json.dumps(row, ensure_ascii=False).encode("utf-8-sig") + b"\r\n")
+    assert [loaded.turns for loaded in load_multi_turn(str(path))] == [("a\u2028b",)]
+    path = tmp_path / "f.json"
+    path.write_bytes(json.dumps({"Questions": []}).encode("utf-8-sig"))
+    assert load_factoid_qa(str(path)) == []
+
+
 def test_summaries_are_grouped_by_the_papers_lengths(tmp_path: Path) -> None:
     rows = [{"id": str(n), "article": "w " * n, "highlights": "h"} for n in (469, 470, 790, 791)]
     items = load("summarization", write(tmp_path / "cnn.jsonl", *rows), 10)
