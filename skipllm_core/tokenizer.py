@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ import tokenizers
 from skipllm_core.chat_template import ChatTemplate, Message, template_of
 from skipllm_core.control_tokens import ControlTokenEncoder, ControlTokens
 from skipllm_core.errors import ConfigError, InvalidRequestError
+from skipllm_core.special_tokens import declare_tokens
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
@@ -69,14 +73,16 @@ class HFTokenizer:
         self._tokenizer.no_truncation()  # both may be stored in the file
         self._tokenizer.no_padding()
         config = _read_json(model_dir / "tokenizer_config.json")
+        special_tokens_map = _read_json(model_dir / "special_tokens_map.json")
+        names = declare_tokens(self._tokenizer, config, special_tokens_map)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._piece_bytes = _piece_decoder(stored, path)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
-        self.eos_token_ids = self._find_eos_ids(model_dir, config)
+        self.eos_token_ids = self._find_eos_ids(model_dir, names.get("eos_token"))
         self.chat_template = _template_source(model_dir, config)
-        self._chat = self._compile(self.chat_template, config, stored["model"])
+        self._chat = self._compile(self.chat_template, names, stored["model"])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -119,9 +125,8 @@ class HFTokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
-    def _find_eos_ids(self, model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def _find_eos_ids(self, model_dir: Path, spelled: str | None) -> tuple[int, ...]:
         ids: set[int] = set()
-        spelled = _spelling(config.get("eos_token"))
         if spelled is not None and (eos := self._tokenizer.token_to_id(spelled)) is not None:
             ids.add(eos)
         for name in ("generation_config.json", "config.json"):
@@ -130,16 +135,17 @@ class HFTokenizer:
         return tuple(sorted(ids))
 
     def _compile(
-        self, source: str | None, config: Mapping[str, Any], model: Mapping[str, Any]
+        self, source: str | None, names: Mapping[str, str], model: Mapping[str, Any]
     ) -> tuple[ChatTemplate, ControlTokenEncoder] | None:
         if source is None:
             return None
-        variables = {
-            key: spelled
-            for key, value in config.items()
-            if key.endswith("_token") and (spelled := _spelling(value)) is not None
-        }
-        template = ChatTemplate(source, variables=variables)
+        template = ChatTemplate(source, variables=names)
+        if template.undefined_tokens:
+            logger.warning(
+                "the chat template names %s, which no file of the tokenizer defines: it writes "
+                "nothing there",
+                ", ".join(template.undefined_tokens),
+            )
         tokens = ControlTokens.of(self._tokenizer, template)
         return template, ControlTokenEncoder(self._tokenizer, model, tokens)
 
@@ -213,27 +219,27 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
-    jinja_file = model_dir / "chat_template.jinja"
-    return template_of(config, jinja_file.read_text("utf-8") if jinja_file.is_file() else None)
+    path = model_dir / "chat_template.jinja"
+    return template_of(config, _text(path) if path.is_file() else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(_text(path))
+    except ValueError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return content
 
 
-def _spelling(token: object) -> str | None:
-    """A token as tokenizer_config.json writes it: plain, or as an object with its content."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
 
 
 def _as_list(value: object) -> list[object]:

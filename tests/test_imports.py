@@ -87,7 +87,7 @@ FLOORS = {
     "skipllm_core": (
         {"errors", "tainted", "types"},
         {"config", "messages", "sequence", "chat_template"},
-        {"control_tokens"},
+        {"control_tokens", "special_tokens"},
         {"tokenizer"},
         {"detokenizer"},
         {"engine", "model"},
