@@ -31,10 +31,17 @@ def _join_parts(value: Any) -> Any:
     return "\n".join(texts)
 
 
+class TextPart(Wire):
+    type: Literal["text"]
+    """The only type that this model reads."""
+    text: str
+    """What is said."""
+
+
 class ChatMessage(Wire):
     role: Literal["developer", "system", "user", "assistant", "tool"]
     """Who speaks."""
-    content: Annotated[str | None, BeforeValidator(_join_parts, str | list[Any] | None)] = None
+    content: Annotated[str | None, BeforeValidator(_join_parts, str | list[TextPart] | None)] = None
     """What is said: text, or an array of parts of the type `text`."""
     name: str | None = None
     """The speaker's name, for templates that show it."""
