@@ -82,7 +82,7 @@ def test_sigterm_while_a_model_is_fetched_ends_at_once() -> None:
 import time
 from server.cli import launch
 from server.settings import Settings
-launch.resolve_model = lambda name: (print("fetching", flush=True), time.sleep(60))
+launch.find_model = lambda *_: (print("fetching", flush=True), time.sleep(60))
 launch.run_server(Settings(model="some/model", port=0))
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
