@@ -28,6 +28,7 @@ class EngineConfig:
     """
 
     model_dir: Path  # a local directory with config.json and, unless load_format is dummy, weights
+    tokenizer_dir: Path | None = None  # whose texts grammars are about; None: model_dir
     device: Device = "auto"
     dtype: DType = "auto"
     load_format: LoadFormat = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum
 
+from skipllm_core.grammar.state import GrammarState
 from skipllm_core.types import SamplingParams, SkipUsage
 
 
@@ -38,6 +39,7 @@ class Sequence:
         self.seq_id = seq_id
         self.params = params
         self.skip = params.skip
+        self.grammar: GrammarState | None = None  # set, where there is one, before it is scheduled
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(prompt_ids)
         # Prompt and output can never be more than this; where it ends is known beforehand.
@@ -86,6 +88,13 @@ class Sequence:
     def is_warming_up(self) -> bool:
         """Whether the token generated next falls into the warm-up, and so is decoded in full."""
         return self.num_output_tokens < self.skip.warmup_tokens
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether somebody has to make the mask for its next token."""
+        grammar = self.grammar
+        is_going_on = self.status is not SeqStatus.FINISHED
+        return is_going_on and grammar is not None and not grammar.is_ready
 
     @property
     def has_exact_prompt(self) -> bool:

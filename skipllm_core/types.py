@@ -9,7 +9,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 SkipPolicyName = Literal["never", "ffn_skip", "static", "random", "layer_drop", "early_exit"]
 StepKind = Literal["prefill", "decode"]
 
-MAX_GRAMMAR_BYTES = 256 * 1024  # of one sequence
+MAX_GRAMMAR_BYTES = 128 * 1024  # of one sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class StepOutput:
     """Everything one step has to tell, in one message."""
 
     outputs: tuple[SeqOutput, ...]
-    stats: StepStats
+    stats: StepStats | None  # None: nothing was computed, and the outputs tell of refusals only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,8 +158,9 @@ class EngineClient(ABC):
             if output.finish_reason is not None:
                 del self._streams[output.seq_id]
             stream.push(output)
-        for callback in self.on_step:
-            callback(step.stats)
+        if step.stats is not None:
+            for callback in self.on_step:
+                callback(step.stats)
 
     def _set_health(self, state: EngineState, detail: str = "") -> None:
         if state != self._health.state:

@@ -7,9 +7,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.block_manager import BlockManager, max_cached_tokens
+from skipllm_core.engine.grammars import Grammars
 from skipllm_core.engine.in_flight import StepInFlight, launch
 from skipllm_core.engine.runner import (
     Batch,
@@ -21,6 +23,7 @@ from skipllm_core.engine.runner import (
 from skipllm_core.engine.scheduler import Scheduler
 from skipllm_core.errors import ConfigError
 from skipllm_core.sequence import SeqStatus, Sequence
+from skipllm_core.tokenizer import HFTokenizer, Tokenizer
 from skipllm_core.types import (
     EngineInfo,
     FinishReason,
@@ -36,13 +39,15 @@ logger = logging.getLogger(__name__)
 # A forward that raises costs the sequences of its step. One that raises again and again (a broken
 # device) costs the engine: whoever runs it starts a fresh one.
 MAX_CONSECUTIVE_FAILURES = 3
+GRAMMAR_WAIT_S = 0.02
 
 
 class Engine:
     """Sequences in, one `StepOutput` per step out. Not thread-safe.
 
-    `clock` gives seconds, on the clock of the arrival times. Raises ConfigError if the settings
-    contradict each other.
+    `clock` gives seconds, on the clock of the arrival times. `load_tokenizer` is called, in a
+    thread, for the first grammar; None: the tokenizer of the configuration's directory. Raises
+    ConfigError if the settings contradict each other.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Engine:
         max_model_len: int,
         *,
         clock: Callable[[], float] = time.monotonic,
+        load_tokenizer: Callable[[], Tokenizer] | None = None,
     ) -> None:
         if not 0 < config.max_num_seqs <= config.max_num_batched_tokens:
             raise ConfigError(
@@ -86,7 +92,12 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             min_prefill_tokens=runner.min_prefill_tokens,
+            needs_masks_first=self._max_in_flight > 1,
             clock=clock,
+        )
+        self._grammars = Grammars(
+            load_tokenizer or partial(HFTokenizer, config.tokenizer_dir or config.model_dir),
+            runner.vocab_size,
         )
         self._seqs: dict[int, Sequence] = {}  # the unfinished ones
         self._num_failures: Counter[StepKind] = Counter()  # in a row; prefill may work, decode not
@@ -114,34 +125,47 @@ class Engine:
         seq = self._seqs[seq_id] = Sequence(
             seq_id, prompt_ids, params, arrival_s, self.info.max_model_len
         )
-        self._scheduler.add(seq)
+        if params.grammar is None:
+            self._scheduler.add(seq)
+        else:
+            self._grammars.add(seq)
 
     def abort(self, seq_id: int) -> None:
         """Ends a sequence wherever it is, without a word; nothing if it has ended by itself."""
-        if seq := self._seqs.pop(seq_id, None):
+        if (seq := self._seqs.pop(seq_id, None)) and not self._grammars.discard(seq):
             self._scheduler.remove(seq)
 
     def step(self) -> StepOutput | None:
-        """Computes one batch; None when there is no work.
+        """Computes one batch; None when there is no work, or none yet: while all sequences wait
+        for their grammars it returns after GRAMMAR_WAIT_S, so that commands are heard.
 
         If the forward raises, the sequences of its batch end with "error" and the rest go on; the
         exception passes when MAX_CONSECUTIVE_FAILURES steps of one kind fail in a row.
         """
+        refused = self._admit_compiled()
         while True:
             while self._may_launch and (step := self._launch()) is not None:
                 self._in_flight.append(step)
             if not self._in_flight:
-                return None
+                if refused:
+                    return StepOutput(outputs=refused, stats=None)
+                if not self._seqs or not self._grammars.wait(GRAMMAR_WAIT_S):
+                    return None
+                refused = self._admit_compiled()
+                continue
             step = self._in_flight.popleft()
             if not step.is_dropped:
                 break
         result = self._read(step)
-        # Rows that ended in flight were computed in vain, and count for nothing.
-        rows = [
-            (row, row_result)
-            for row, row_result in zip(step.batch.rows, result.rows, strict=True)
-            if row.seq.status is not SeqStatus.FINISHED
-        ]
+        # Rows that ended in flight were computed in vain, and count for nothing; so were those
+        # whose mask was late, which are computed again.
+        rows = []
+        for row, row_result in zip(step.batch.rows, result.rows, strict=True):
+            if row_result.is_late:
+                row.seq.num_pending_tokens -= 1
+                row.seq.num_computed_tokens -= 1
+            elif row.seq.status is not SeqStatus.FINISHED:
+                rows.append((row, row_result))
         batch = Batch(step.batch.kind, tuple(row for row, _ in rows))
         result = replace(result, rows=tuple(row_result for _, row_result in rows))
         outputs = self._update(batch, result)
@@ -149,8 +173,27 @@ class Engine:
         duration_s = end_s - max(step.start_s, self._last_end_s)
         self._last_end_s = end_s
         return StepOutput(
-            outputs=outputs, stats=self._stats(step, batch, result, outputs, duration_s)
+            outputs=refused + outputs, stats=self._stats(step, batch, result, outputs, duration_s)
         )
+
+    def _admit_compiled(self) -> tuple[SeqOutput, ...]:
+        """Hands the sequences whose grammars are compiled to the scheduler; returns the ends of
+        those that have none."""
+        refused = []
+        for seq, fault in self._grammars.pop_compiled():
+            if fault is None:
+                self._scheduler.add(seq)
+                continue
+            del self._seqs[seq.seq_id]
+            refused.append(
+                SeqOutput(
+                    seq_id=seq.seq_id,
+                    finish_reason="error",
+                    error=fault.message,
+                    is_request_fault=not fault.is_ours,
+                )
+            )
+        return tuple(refused)
 
     @property
     def _may_launch(self) -> bool:
@@ -200,7 +243,14 @@ class Engine:
             seq = row.seq
             if row_result.error is not None:
                 self._blocks.withdraw(seq)
-                outputs.append(self._end(seq, "error", error=row_result.error))
+                outputs.append(
+                    self._end(
+                        seq,
+                        "error",
+                        error=row_result.error,
+                        is_request_fault=row_result.is_request_fault,
+                    )
+                )
                 continue
             if batch.kind == "decode":
                 seq.num_decode_steps += 1
@@ -210,6 +260,7 @@ class Engine:
             if row_result.token_id is not None:
                 seq.num_pending_tokens -= 1
                 outputs.append(self._extend(seq, row_result))
+        self._grammars.move_on([row.seq for row in batch.rows if row.seq.awaits_mask])
         return tuple(outputs)
 
     def _extend(self, seq: Sequence, row: RowResult) -> SeqOutput:
@@ -228,8 +279,15 @@ class Engine:
             num_cached_tokens=seq.num_cached_tokens if is_first else None,
             skip_usage=seq.skip_usage(self.info.num_layers),
         )
+        grammar = seq.grammar
+        if grammar is not None:
+            if grammar.ends_with(token_id):
+                return self._end(seq, "stop", output, stop_token_id=token_id)
+            grammar.accept(token_id)
+            if grammar.is_complete:
+                return self._end(seq, "stop", output)
         # The sampler does not let a stop token come before `min_tokens` others.
-        if token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
+        elif token_id in params.stop_token_ids and num_output_tokens > params.min_tokens:
             return self._end(seq, "stop", output, stop_token_id=token_id)
         if seq.num_tokens == seq.max_num_tokens:
             return self._end(seq, "length", output)
@@ -243,6 +301,7 @@ class Engine:
         *,
         stop_token_id: int | None = None,
         error: str | None = None,
+        is_request_fault: bool = False,
     ) -> SeqOutput:
         """Drops the sequence; its last output is `output` with the ending added."""
         del self._seqs[seq.seq_id]
@@ -252,6 +311,7 @@ class Engine:
             finish_reason=reason,
             stop_token_id=stop_token_id,
             error=error,
+            is_request_fault=is_request_fault,
             skip_usage=seq.skip_usage(self.info.num_layers),
             num_preemptions=seq.num_preemptions,
         )
@@ -278,7 +338,7 @@ class Engine:
             duration_s=duration_s,
             host_s=step.host_s if self._max_in_flight > 1 else 0.0,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=len(self._scheduler.waiting) + self._grammars.num_compiling,
             num_kv_blocks_used=self._blocks.num_used,
             num_kv_blocks=self._blocks.num_blocks,
             num_prompt_tokens=0 if is_decode else num_prompt_tokens,

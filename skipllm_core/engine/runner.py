@@ -41,6 +41,8 @@ class RowResult:
     logprobs: TokenLogprobs | None = None
     skipped_layers: tuple[int, ...] = ()  # decode only
     error: str | None = None  # this row alone failed (its logits were not finite)
+    is_request_fault: bool = False  # the error is the request's: its grammar is at a dead end
+    is_late: bool = False  # nothing was sampled, as the grammar's mask was not there in time
 
 
 @dataclass(frozen=True, slots=True)

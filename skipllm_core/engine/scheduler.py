@@ -43,6 +43,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         min_prefill_tokens: int,
+        needs_masks_first: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert 0 < max_num_seqs <= max_num_batched_tokens, "a decode step has to fit the budget"
@@ -55,6 +56,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._min_prefill_tokens = min_prefill_tokens
+        self._needs_masks_first = needs_masks_first
         self._clock = clock
         self._last_kind: StepKind = "decode"
         self._is_counted = False  # whether a batch bore the three numbers above
@@ -85,8 +87,11 @@ class Scheduler:
             else self._prefill() or self._decode()
         )
         if batch is None:
-            is_in_flight = any(seq.num_pending_tokens for seq in (*self.running, *self.waiting))
-            assert is_in_flight, "the oldest sequence can always go on"
+            is_waiting = any(
+                seq.num_pending_tokens or not self._is_due(seq)
+                for seq in (*self.running, *self.waiting)
+            )
+            assert is_waiting, "the oldest sequence can always go on"
             return None
         self._is_counted = True
         self._last_kind = batch.kind
@@ -154,9 +159,23 @@ class Scheduler:
         rows = [
             ScheduledSeq(seq, 1)
             for seq in self.running  # oldest first; making room may take the latest off the list
-            if seq.is_prefilled and not seq.is_at_its_end and self._make_room(seq)
+            if seq.is_prefilled
+            and not seq.is_at_its_end
+            and self._is_due(seq)
+            and self._make_room(seq)
         ]
         return Batch("decode", tuple(rows)) if rows else None
+
+    def _is_due(self, seq: Sequence) -> bool:
+        """Whether the mask that a row under a grammar is sampled with is there, or will be in time.
+
+        A step that is launched ahead takes its masks along, so such rows wait for their last token
+        and what is made of it, and the others do not wait for them.
+        """
+        grammar = seq.grammar
+        if grammar is None or (grammar.is_ready and not seq.num_pending_tokens):
+            return True
+        return not self._needs_masks_first and not grammar.is_late
 
     def _make_room(self, seq: Sequence) -> bool:
         """Lends the block for the newest token; False if the sequence itself had to give way."""

@@ -55,6 +55,7 @@ class EngineBackend:
         tokens = reads = avoided = 0
         duration_s = 0.0
         while (step := self._engine.step()) is not None:
+            assert step.stats is not None, "no grammar was refused"
             if step.stats.kind == "decode":
                 tokens += step.stats.num_generated_tokens
                 duration_s += step.stats.duration_s

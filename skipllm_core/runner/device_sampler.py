@@ -1,7 +1,8 @@
 """Sampling where the logits are, without a word to the host: `runner/sampler.py` is its oracle.
 
-    logits -> logit_bias, min_tokens, penalties -> greedy: argmax                      -> token_ids
-                                                -> temperature, min_p, top_k, top_p -> draw
+    logits -> logit_bias, min_tokens, penalties, grammar -> greedy: argmax             -> token_ids
+                                                         -> temperature, min_p, top_k,
+                                                            top_p -> draw
 
 What a row has said so far is counted in its slot on the device, as the host does not know its last
 token when the next is sampled. A slot's state is written whole when a sequence takes it.
@@ -46,6 +47,7 @@ def _kind(params: SamplingParams) -> SamplingKind:
         return SamplingKind.CUT
     if is_greedy and not (
         params.logit_bias
+        or params.grammar
         or params.min_tokens
         or params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
@@ -79,6 +81,8 @@ class DeviceSampler:
         self.min_tokens = full(0, torch.int32)
         self.biases = full(0.0, torch.float32, self.vocab_size)
         self.is_stop = full(0, torch.bool, self.vocab_size)
+        # What its grammar does not allow next; written before each of its steps.
+        self.is_barred = full(0, torch.bool, self.vocab_size)
         # What it has said.
         self.num_output_tokens = full(0, torch.int32)
         self.output_counts = full(0, torch.int32, self.vocab_size)
@@ -95,6 +99,7 @@ class DeviceSampler:
             self.min_tokens,
             self.biases,
             self.is_stop,
+            self.is_barred,
             self.num_output_tokens,
             self.output_counts,
             self.is_seen,
@@ -109,9 +114,17 @@ class DeviceSampler:
         self.seeds[slot] = _key(params.seed)
         self.settings[slot] = torch.tensor(_settings(params)).to(self.settings.device)
         self.top_ks[slot] = top_k
-        self.min_tokens[slot] = params.min_tokens if params.stop_token_ids else 0
+        # A grammar's masks say themselves where it may stop.
+        has_minimum = params.stop_token_ids and params.grammar is None
+        self.min_tokens[slot] = params.min_tokens if has_minimum else 0
         self.num_output_tokens[slot] = seq.num_output_tokens
-        for tensor in (self.biases, self.is_stop, self.output_counts, self.is_seen):
+        for tensor in (
+            self.biases,
+            self.is_stop,
+            self.is_barred,
+            self.output_counts,
+            self.is_seen,
+        ):
             tensor[slot].zero_()
         for token_id, bias in params.logit_bias:
             if 0 <= token_id < self.vocab_size:
@@ -161,7 +174,8 @@ class DeviceSampler:
         logits = logits.masked_fill(self.is_stop[:num_rows] & may_not_stop[:, None], -torch.inf)
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits = torch.where(self.is_seen[:num_rows], repeated, logits)
-        return logits - frequency * counts - presence * (counts > 0)
+        logits = logits - frequency * counts - presence * (counts > 0)
+        return logits.masked_fill(self.is_barred[:num_rows], -torch.inf)
 
     def _draw(self, logits: Tensor, num_rows: int, kind: SamplingKind) -> Tensor:
         temperature, top_p, min_p = self.settings[:num_rows, :3, None].unbind(dim=1)

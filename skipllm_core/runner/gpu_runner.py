@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from skipllm_core.config import EngineConfig
-from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
+from skipllm_core.engine.runner import Batch, ScheduledSeq, StepResult
 from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
@@ -23,7 +24,7 @@ from skipllm_core.runner.graphs import (
 )
 from skipllm_core.runner.memory import allocated_bytes, held_tensors, tells_what_to_lower
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.runner.sampler import NOT_FINITE
+from skipllm_core.runner.sampler import barred_by, row_result
 from skipllm_core.runner.slots import Slots
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.baselines import WHOLE_LAYER_POLICIES, PlannedSkip
@@ -146,6 +147,7 @@ class GpuModelRunner(TorchModelRunner):
         if packed:
             self._unpack(_to_device(torch.tensor(packed, dtype=torch.int32), rows), changes.new)
         self._write_masks(seqs)
+        self._write_grammars(seqs)
 
     def _write_masks(self, seqs: list[Sequence]) -> None:
         """What the planned policies skip in this step, where it is not what they skipped in the
@@ -163,6 +165,19 @@ class GpuModelRunner(TorchModelRunner):
             ]
             packed = _to_device(torch.tensor(mask, dtype=torch.int32), self.rows)
             self.rows.mask.index_copy_(0, packed[:, 0].long(), packed[:, 1:])
+
+    def _write_grammars(self, seqs: list[Sequence]) -> None:
+        """What the rows' grammars allow in this step: the engine launches none before its mask is
+        made."""
+        barred = {}
+        for slot, seq in zip(self._slots.slot_of(seqs), seqs, strict=True):
+            grammar = seq.grammar
+            if grammar is not None and (mask := grammar.mask(timeout_s=0)) is not None:
+                barred[slot] = barred_by(mask, self.vocab_size)
+        if barred:
+            slots = _to_device(torch.tensor(list(barred)), self.rows)
+            packed = _to_device(torch.stack(list(barred.values())), self.rows)
+            self.sampler.is_barred.index_copy_(0, slots, packed)
 
     def _unpack(self, packed: Tensor, new: tuple[tuple[int, Sequence], ...]) -> None:
         rows = self.rows
@@ -278,15 +293,14 @@ def _result(
         for (slot, row), chosen, ids, best in zip(asking, *values, strict=True):
             count = row.seq.params.logprobs
             logprobs[slot] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(best[:count]))
+    seq_of = {slot: row.seq for slot, row in zip(slots, batch.rows, strict=True)}
     results = []
     for slot in slots:
         token_id, is_finite = sampled[slot]
         layers = tuple(layer for layer, is_skipped in enumerate(skipped[slot]) if is_skipped)
-        results.append(
-            RowResult(token_id, logprobs.get(slot), layers if can_skip else ())
-            if is_finite
-            else RowResult(None, error=NOT_FINITE)
-        )
+        result = row_result(seq_of[slot], token_id, logprobs.get(slot), is_finite=bool(is_finite))
+        has_token = can_skip and result.token_id is not None
+        results.append(replace(result, skipped_layers=layers if has_token else ()))
     num_layers = len(needed)
     num_avoided = sum(num_rows == 0 for num_rows in needed) if can_skip else 0
     return StepResult(tuple(results), num_layers - num_avoided, num_avoided)

@@ -1,7 +1,8 @@
 """From logits to tokens, for rows with different settings in one batch.
 
-    raw logits -> logit_bias, min_tokens, penalties -> greedy: argmax
-         |                                          -> temperature, min_p, top_k, top_p -> draw
+    raw logits -> logit_bias, min_tokens, penalties, grammar -> greedy: argmax
+         |                                                   -> temperature, min_p, top_k, top_p,
+         |                                                      draw
          `-> logprobs (of the model's own distribution)
 
 Nothing is remembered between steps: the randomness of a token follows from the sequence's seed and
@@ -11,6 +12,7 @@ the token's index alone, so neither its batch mates nor a preemption can change 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from hashlib import blake2b
 
 import numpy as np
@@ -18,11 +20,16 @@ import torch
 from torch import Tensor
 
 from skipllm_core.engine.runner import RowResult
+from skipllm_core.grammar.state import DEAD_END
 from skipllm_core.sequence import Sequence
 from skipllm_core.types import SamplingParams, TokenLogprobs
 
 MIN_TEMPERATURE = 1e-5  # below it a division by the temperature only loses digits: greedy
 MIN_REPETITION_PENALTY = 1e-20  # below it a division by the penalty overflows, and changes nothing
+
+# A grammar's mask is made while the step is computed. One that takes longer costs its own row a
+# turn, and not the rows beside it their time.
+MASK_TIMEOUT_S = 0.02
 
 NOT_FINITE = "the model's output was not finite"
 
@@ -30,14 +37,17 @@ NOT_FINITE = "the model's output was not finite"
 def sample(logits: Tensor, seqs: list[Sequence]) -> list[RowResult]:
     """The next token of every row; logits [num_rows, vocab] float32 of the rows' last tokens.
 
-    A row whose logits hold a NaN or an infinity gets an error; the others are unaffected.
+    A row whose logits hold a NaN or an infinity gets an error, and so does one whose grammar allows
+    no token; one whose mask is late is sampled another time. The others are unaffected.
     """
     params = [seq.params for seq in seqs]
+    grammars = [seq.grammar for seq in seqs]
+    masks = [grammar.mask(MASK_TIMEOUT_S) if grammar is not None else None for grammar in grammars]
     is_finite = _is_finite(logits)
     if all(map(_is_plain_greedy, params, seqs)):
         tokens = _argmax(logits)
     else:
-        tokens = _draw(adjust_logits(logits, seqs), seqs)
+        tokens = _draw(adjust_logits(logits, seqs, masks), seqs)
     # The one transfer of a step without logprobs.
     token_ids, finite = torch.stack((tokens, is_finite.to(tokens.dtype))).tolist()
 
@@ -49,11 +59,23 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[RowResult]:
         found = _logprobs(logits[index], tokens[index], top_counts)
         logprobs = dict(zip(rows, found, strict=True))
     return [
-        RowResult(token_ids[row], logprobs.get(row))
-        if finite[row]
-        else RowResult(None, error=NOT_FINITE)
-        for row in range(len(seqs))
+        row_result(seq, token_id, logprobs.get(row), is_finite=bool(finite[row]))
+        for row, (seq, token_id) in enumerate(zip(seqs, token_ids, strict=True))
     ]
+
+
+def row_result(
+    seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, *, is_finite: bool
+) -> RowResult:
+    """What the row's sampled token means: where its grammar did not allow one, nothing."""
+    if not is_finite:
+        return RowResult(None, error=NOT_FINITE)
+    grammar = seq.grammar
+    if grammar is not None and grammar.is_late:
+        return RowResult(None, is_late=True)
+    if grammar is not None and (grammar.error or not grammar.allows(token_id)):
+        return RowResult(None, error=grammar.error or DEAD_END, is_request_fault=True)
+    return RowResult(token_id, logprobs)
 
 
 def _is_finite(logits: Tensor) -> Tensor:
@@ -84,6 +106,8 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 def _may_not_stop(params: SamplingParams, seq: Sequence) -> bool:
+    if seq.grammar is not None:  # its mask says where it may
+        return False
     return seq.num_output_tokens < params.min_tokens and bool(params.stop_token_ids)
 
 
@@ -91,6 +115,7 @@ def _is_plain_greedy(params: SamplingParams, seq: Sequence) -> bool:
     """Whether the row's token is the argmax of its raw logits."""
     return (
         _is_greedy(params)
+        and seq.grammar is None
         and not params.logit_bias
         and not _has_penalties(params)
         and not _may_not_stop(params, seq)
@@ -100,8 +125,8 @@ def _is_plain_greedy(params: SamplingParams, seq: Sequence) -> bool:
 # What changes even a greedy choice ---------------------------------------------------------------
 
 
-def adjust_logits(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """A copy of the logits after logit_bias, min_tokens and penalties, in this order."""
+def adjust_logits(logits: Tensor, seqs: list[Sequence], masks: Rows[bytes | None] = ()) -> Tensor:
+    """A copy of the logits after logit_bias, min_tokens, penalties and grammars, in this order."""
     logits = logits.clone()
     vocab_size = logits.shape[-1]
     biases = [
@@ -127,7 +152,16 @@ def adjust_logits(logits: Tensor, seqs: list[Sequence]) -> Tensor:
     if penalised:
         index = torch.tensor(penalised, device=logits.device)
         logits[index] = _penalised(logits[index], [seqs[row] for row in penalised])
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            logits[row].masked_fill_(barred_by(mask, vocab_size).to(logits.device), -torch.inf)
     return logits
+
+
+def barred_by(mask: bytes, vocab_size: int) -> Tensor:
+    """The tokens that a grammar's mask does not allow: [vocab] bool, on the host."""
+    bits = np.unpackbits(~np.frombuffer(mask, np.uint8), count=vocab_size, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_))
 
 
 def _places(places: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, ...]:

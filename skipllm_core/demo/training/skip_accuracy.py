@@ -53,6 +53,7 @@ def answer_all(
     while (step := engine.step()) is not None:
         for output in step.outputs:
             tokens[output.seq_id] += output.token_ids
+        assert step.stats is not None, "no grammar was refused"
         skipped += sum(step.stats.ffn_skipped)
         computed += sum(step.stats.ffn_computed)
         avoided += step.stats.ffn_weight_reads_avoided
