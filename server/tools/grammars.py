@@ -46,7 +46,7 @@ from skipllm_core.types import MAX_GRAMMAR_BYTES
 MAX_GBNF_BYTES = 32 * 1024
 MAX_GBNF_RULES = 256
 
-# Between the tokens of JSON: all that pretty-printing needs, and no more, as a small model may write
+# Between the tokens of JSON: what pretty-printing needs, and no more, as a small model may write
 # spaces without end.
 WHITESPACE = r"( |\r?\n[ \t]{0,32})"
 

@@ -95,7 +95,11 @@ class GrammarCompiler:
         """Begins to compile, or finds what has been. Never waits."""
         compilation = self._cache.get(text)
         if compilation is None:
-            compilation = self._cache[text] = Compilation(text)
+            compilation = Compilation(text)
+            if len(text.encode()) > MAX_GRAMMAR_BYTES:
+                compilation.end(GrammarFault(f"it is larger than {MAX_GRAMMAR_BYTES} bytes"))
+                return compilation
+            self._cache[text] = compilation
             self._trim_cache()
             self._start_threads()
             self._jobs.put(compilation)
@@ -137,8 +141,6 @@ class GrammarCompiler:
         text = compilation.text
         vocabulary = self._load_vocabulary()  # counts for nobody's limit
         compilation.started_s = time.monotonic()
-        if len(text.encode()) > MAX_GRAMMAR_BYTES:
-            return GrammarFault(f"it is larger than {MAX_GRAMMAR_BYTES} bytes")
         matcher = new_matcher(vocabulary, text)
         mask = matcher.compute_bitmask()
         if matcher.is_error():
