@@ -14,6 +14,7 @@ from skipllm_core.engine.engine import Engine
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
 from skipllm_core.errors import ConfigError
 from skipllm_core.sequence import Sequence
+from skipllm_core.tokenizer import Tokenizer
 from skipllm_core.types import SkipPolicyName
 
 NextToken = Callable[[Sequence], int]
@@ -109,6 +110,7 @@ def fake_engine(
     max_num_batched_tokens: int = 2048,
     enable_prefix_caching: bool = True,
     clock: Callable[[], float] = time.monotonic,
+    load_tokenizer: Callable[[], Tokenizer] | None = None,
 ) -> Engine:
     """An engine around a fake runner."""
     config = EngineConfig(
@@ -117,7 +119,9 @@ def fake_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
     )
-    return Engine(runner or FakeRunner(), config, max_model_len, clock=clock)
+    return Engine(
+        runner or FakeRunner(), config, max_model_len, clock=clock, load_tokenizer=load_tokenizer
+    )
 
 
 def build_worker_engine(config: EngineConfig) -> Engine:
