@@ -18,10 +18,12 @@ from tests.runner.tiny import (
     generate,
     skipped,
     text,
+    tiny_engine,
     write_config,
 )
 
 NUM_BATCHES = 50
+GRAMMARS = ("start: /[a-m]+/", 'start: "abab" | "abc"', "start: nothing", "start: /(a+)+b{3}/")
 VICTIM = (
     [(7 * i * i + 3 * i + 5) % VOCAB for i in range(40)],
     SamplingParams(
@@ -64,6 +66,7 @@ def hostile_neighbour(rng: random.Random) -> tuple[list[int], SamplingParams]:
         seed=rng.randrange(2**63),
         logprobs=rng.choice([None, 0, 20]),
         stop_token_ids=rng.choice([(), tuple(range(0, VOCAB, 9))]),
+        grammar=rng.choice([None, None, *GRAMMARS]),
         skip=skip,
     )
     return prompt_ids, params
@@ -105,7 +108,7 @@ def test_hostile_neighbours_leave_a_request_alone(model_dir: Path) -> None:
     num_preemptions = num_cached = 0
     for seed in range(NUM_BATCHES):
         rng = random.Random(seed)
-        outputs = serve_the_victim(Engine(runner, config, runner.max_model_len), rng)
+        outputs = serve_the_victim(tiny_engine(runner, config), rng)
         num_preemptions += outputs[-1].num_preemptions
         num_cached += outputs[0].num_cached_tokens > 0
         assert text(outputs) == text(alone)

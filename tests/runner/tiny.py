@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
 from skipllm_core.runner.model_runner import TorchModelRunner
+from skipllm_core.tokenizer import ByteTokenizer
 from skipllm_core.types import SamplingParams, SeqOutput
 
 NUM_LAYERS = 6
@@ -37,6 +39,23 @@ def write_config(model_dir: Path, **changes: Any) -> Path:
     return model_dir
 
 
+class TinyTokenizer(ByteTokenizer):
+    """Letters, for grammars: fewer than the logits are wide."""
+
+    EOS = 2
+    eos_token_ids = (EOS,)
+    PIECES = ("", "", "</s>", *'{}[]":,.-+ ', *string.digits, *string.ascii_lowercase, "ab", '": ')
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [self.PIECES.index(char) for char in text]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.PIECES[token_id].encode() if token_id < len(self.PIECES) else b""
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id == self.EOS
+
+
 def engine_config(model_dir: Path, **changes: Any) -> EngineConfig:
     settings: dict[str, Any] = {
         "model_dir": model_dir,
@@ -46,6 +65,11 @@ def engine_config(model_dir: Path, **changes: Any) -> EngineConfig:
         "kv_cache_memory_bytes": 2**24,
     }
     return EngineConfig(**settings | changes)
+
+
+def tiny_engine(runner: TorchModelRunner, config: EngineConfig) -> Engine:
+    """An engine that can compile grammars for the tiny model."""
+    return Engine(runner, config, runner.max_model_len, load_tokenizer=TinyTokenizer)
 
 
 def generate(

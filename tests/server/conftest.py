@@ -70,7 +70,8 @@ async def running(
     fake = runner_type(next_token, **(runner or {}))
     config = EngineConfig(model_dir=Path(), max_num_seqs=max_num_seqs)
     engine = InProcessEngineClient(
-        lambda: Engine(fake, config, max_model_len), max_num_queued_reqs=max_num_queued_reqs
+        lambda: Engine(fake, config, max_model_len, load_tokenizer=ByteTokenizer),
+        max_num_queued_reqs=max_num_queued_reqs,
     )
     await engine.start()
     app = build_app(engine, ByteTokenizer(), model_name=MODEL, **app_options)
