@@ -196,7 +196,13 @@ def _piece_decoder(stored: Mapping[str, Any], path: Path) -> Any:
     decoder = json.dumps(stored.get("decoder"), ensure_ascii=False)
     if '"ByteLevel"' in decoder:
         byte_of = _byte_level_alphabet()
-        return lambda piece: bytes(byte_of[char] for char in piece)
+
+        def byte_level_bytes(piece: str) -> bytes:
+            if all(char in byte_of for char in piece):
+                return bytes(byte_of[char] for char in piece)
+            return piece.encode()  # no byte's spelling: the text itself, as to the library
+
+        return byte_level_bytes
     if '"ByteFallback"' in decoder or '"Metaspace"' in decoder:
         return _sentencepiece_bytes
     raise ConfigError(f"{path}: unsupported decoder; ByteLevel, ByteFallback and Metaspace are")

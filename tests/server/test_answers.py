@@ -206,6 +206,32 @@ async def test_choices_differ_by_their_seeds_and_seeds_are_never_shared(server: 
     assert len(set(seeds)) == 2
 
 
+async def test_a_prompt_of_ids_is_continued_inside_a_character() -> None:
+    raw = "a🚀".encode()
+
+    def finish(seq: Sequence) -> int:
+        return raw[len(seq.token_ids)] if len(seq.token_ids) < len(raw) else ord("!")
+
+    async with running(finish) as server:
+        for num_given in range(1, len(raw)):
+            for echo in (False, True):
+                prompt = list(raw[:num_given])
+                reply = await server.complete(prompt, max_tokens=5, echo=echo)
+                expected = "🚀" + "!" * num_given
+                assert reply.json()["choices"][0]["text"] == "a" * echo + expected
+
+
+async def test_a_stop_string_that_is_a_special_token_ends_at_its_id() -> None:
+    async with running(lambda seq: ByteTokenizer.EOS) as server:
+        body = {"stop": ["</s>"], "max_tokens": 12, "ignore_eos": True}
+        for more in ({}, {"skip_special_tokens": False}, {"include_stop_str_in_output": True}):
+            reply = (await server.complete("Hi", **body, **more)).json()
+            assert reply["choices"][0]["text"] == "</s>" * ("include_stop_str_in_output" in more)
+            assert reply["choices"][0]["finish_reason"] == "stop"
+            assert reply["choices"][0]["stop_reason"] == "</s>"
+            assert reply["usage"]["completion_tokens"] == 1
+
+
 @pytest.mark.parametrize("prompt", ["abc", ["abc"], [256, 97, 98, 99], [[256, 97, 98, 99]]])
 async def test_a_prompt_may_be_text_or_ids_one_or_several(server: Server, prompt: Any) -> None:
     content = (await server.complete(prompt, max_tokens=2)).json()
