@@ -291,18 +291,52 @@ async def test_the_models_recommendations_are_the_defaults() -> None:
             {"temperature": 0.6, "top_k": 20},
         ),
         ('{"do_sample": false}', {"temperature": 0.0}),
-        ('{"temperature": "hot"}', {}),
-        ('{"top_p": 7}', {}),
-        ("[]", {}),
-        ("{", {}),
+        ('{"top_p": 0.9, "top_k": null, "temperature": null}', {"top_p": 0.9}),
+        ('\ufeff{"top_k": 7}', {"top_k": 7}),
     ],
 )
-def test_recommendations_are_read_from_the_model_if_they_are_usable(
-    tmp_path: Path, config: str, expected: dict[str, float]
+def test_recommendations_are_read_from_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str, expected: dict[str, float]
 ) -> None:
     assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults()
     (tmp_path / "generation_config.json").write_text(config)
     assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults(**expected)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("odd", "value"),
+    [
+        ("top_k", 20.0),
+        ("top_k", True),
+        ("temperature", "hot"),
+        ("top_p", 7),
+        ("min_p", -0.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", [1.1]),
+        ("temperature", float("nan")),
+    ],
+)
+def test_an_odd_recommendation_is_told_and_left_out_and_the_others_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: str, value: object
+) -> None:
+    usable = {"temperature": 0.6, "top_p": 0.8, "top_k": 5, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**usable, odd: value}))
+    usable.pop(odd, None)
+    assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults(**usable)
+    (told,) = caplog.messages
+    assert f"generation_config.json: {odd} is left out" in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_recommendations_that_cannot_be_read_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults()
+    (told,) = caplog.messages
+    assert "no recommendations are read" in told
 
 
 class Opinionated(FakeRunner):
