@@ -47,6 +47,7 @@ class ControlTokens:
 
     guarded: frozenset[str]  # nothing that a user writes is one of them
     turn_marks: frozenset[str]  # of these, nothing that others write either
+    written: frozenset[str]  # what the template may write
 
     @classmethod
     def of(cls, tokenizer: tokenizers.Tokenizer, template: ChatTemplate) -> ControlTokens:
@@ -57,17 +58,23 @@ class ControlTokens:
         visible = {token.content for token in added if token.content.strip()}
         tags = set(filter(_TAG.fullmatch, visible))
         spelled = {token for token in visible if token in template.source}
-        chats = _rendered(template)
-        written = {token for token in visible if any(token in chat for chat in chats)}
-        marks = special | (written if chats else spelled)
-        return cls(frozenset(marks | spelled | tags), frozenset(marks - tags))
+        chats = _rendered(template, add_generation_prompt=False)
+        in_turns = {token for token in visible if any(token in chat for chat in chats)}
+        marks = special | (in_turns if chats else spelled)
+        prompts = _rendered(template, add_generation_prompt=True)
+        written = {token for token in special | visible if any(token in p for p in prompts)}
+        return cls(
+            guarded=frozenset(marks | spelled | tags),
+            turn_marks=frozenset(marks - tags),
+            written=frozenset(written | spelled),
+        )
 
 
-def _rendered(template: ChatTemplate) -> list[str]:
+def _rendered(template: ChatTemplate, *, add_generation_prompt: bool) -> list[str]:
     found = []
     for chat in _PLAIN_CHATS:
         with suppress(InvalidRequestError):
-            found.append(template.render(chat, add_generation_prompt=False))
+            found.append(template.render(chat, add_generation_prompt=add_generation_prompt))
     return found
 
 
@@ -81,7 +88,7 @@ class ControlTokenEncoder:
         guarded = tokens.guarded
         nonce = f"q{secrets.token_hex(8)}"
         self._names = {token: f"{nonce}{index}z" for index, token in enumerate(guarded)}
-        self._turn_marks = tokens.turn_marks
+        self.tokens = tokens
         self._any = re.compile(_any_of(guarded))
         self._shorter = {  # which of them begin as the token does
             token: [t for t in _by_length(guarded) if token.startswith(t) and t != token]
@@ -118,7 +125,7 @@ class ControlTokenEncoder:
     def _is_meant(self, token: str, origin: Origin) -> bool:
         if Origin.USER in origin:
             return False
-        return Origin.INSTRUCTOR not in origin or token not in self._turn_marks
+        return Origin.INSTRUCTOR not in origin or token not in self.tokens.turn_marks
 
 
 class _Spans:

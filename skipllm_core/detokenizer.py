@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 from skipllm_core.tokenizer import Tokenizer
+
+_MAX_UNFINISHED = 3  # bytes of a character of 4
 
 
 class Detokenizer:
@@ -17,13 +20,17 @@ class Detokenizer:
         released:   The answer is 42.            held: "\\nQuest", as "\\nQuestion:" stops
 
     Of several stop strings, the one completed first ends the text (the longest of those completed
-    together). Text of the first `min_tokens` tokens is not searched.
+    together). Text of the first `min_tokens` tokens is not searched. A stop string that spells a
+    special token is found at that token, although it is not shown.
+
+    The text goes on where `prompt_ids` end, which may be inside a character: that is shown whole.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         *,
+        prompt_ids: Sequence[int] = (),
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
@@ -37,26 +44,35 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._num_unsearched = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8.decode(unfinished_bytes(tokenizer, prompt_ids))
         self._held = ""
 
     def add(self, token_id: int) -> str:
         """The text that one more token releases."""
         assert self.stopped_by is None, "the text has ended"
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
-            text = ""
-        else:
-            text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        is_shown = not (self._skip_special_tokens and self._tokenizer.is_special(token_id))
+        raw = self._tokenizer.token_bytes(token_id)
+        text = self._utf8.decode(raw) if is_shown else ""
         self.num_chars += len(text)
         if self._num_unsearched > 0:
             self._num_unsearched -= 1
             return text
-        return self._search(text) if self._stop else text
+        if not self._stop:
+            return text
+        return self._search(text) if is_shown else self._pass(raw.decode(errors="replace"))
 
     def flush(self) -> str:
         """The text still held back, once no more tokens come. Bytes of an unfinished character
         never became text and are dropped."""
         held, self._held = self._held, ""
         return held
+
+    def _pass(self, spelling: str) -> str:
+        """What a special token that is not shown releases: all, if it is a stop string."""
+        if spelling not in self._stop:
+            return ""
+        self.stopped_by = spelling
+        return self.flush() + spelling * self._include_stop
 
     def _search(self, text: str) -> str:
         text = self._held + text
@@ -68,6 +84,26 @@ class Detokenizer:
         num_held = max(_overlap(text, s) for s in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
+
+
+def unfinished_bytes(tokenizer: Tokenizer, token_ids: Sequence[int]) -> bytes:
+    """The first bytes of a character that the tokens end inside."""
+    raw = b""
+    for token_id in token_ids[: -_MAX_UNFINISHED - 1 : -1]:
+        raw = tokenizer.token_bytes(token_id) + raw
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    utf8.decode(raw[-_MAX_UNFINISHED:])  # UTF-8 is understood from anywhere on
+    return utf8.getstate()[0]
+
+
+def whole_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of the tokens without a character that they end inside."""
+    num_whole = len(token_ids)
+    while num_whole and unfinished_bytes(tokenizer, token_ids[:num_whole]):
+        num_whole -= 1
+    rest = b"".join(map(tokenizer.token_bytes, token_ids[num_whole:]))
+    head = tokenizer.decode(token_ids[:num_whole])
+    return head + codecs.getincrementaldecoder("utf-8")("replace").decode(rest)
 
 
 def _overlap(text: str, stop: str) -> int:

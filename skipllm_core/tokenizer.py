@@ -83,6 +83,7 @@ class HFTokenizer:
         self.eos_token_ids = self._find_eos_ids(model_dir, names.get("eos_token"))
         self.chat_template = _template_source(model_dir, config)
         self._chat = self._compile(self.chat_template, names, stored["model"])
+        self._check_fits(_read_json(model_dir / "config.json").get("vocab_size"), stored["model"])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -149,6 +150,34 @@ class HFTokenizer:
         tokens = ControlTokens.of(self._tokenizer, template)
         return template, ControlTokenEncoder(self._tokenizer, model, tokens)
 
+    def _check_fits(self, vocab_size: object, model: Mapping[str, Any]) -> None:
+        """Raises ConfigError if texts, or chats of the template, may have ids that the model has no
+        embedding of. Added tokens beyond it that nothing writes (of padding, say) are only told."""
+        if type(vocab_size) is not int:
+            return
+        vocab = model["vocab"]
+        num_ids = max(vocab.values(), default=-1) + 1 if isinstance(vocab, dict) else len(vocab)
+        if num_ids > vocab_size:
+            raise ConfigError(
+                f"the tokenizer does not fit the model: its vocabulary has {num_ids} entries, the "
+                f"model's embedding {vocab_size}"
+            )
+        beyond = {i: token for i, token in sorted(self._added.items()) if i >= vocab_size}
+        needed = set(map(self._added.get, self.encode("")))
+        if self._chat is not None:
+            needed |= self._chat[1].tokens.written
+        for token_id, token in beyond.items():
+            if token in needed:
+                raise ConfigError(
+                    f"the tokenizer does not fit the model: {token!r:.100}, which prompts "
+                    f"are made with, is token {token_id}, the model's embedding has {vocab_size}"
+                )
+        if beyond:
+            logger.warning(
+                "the model's embedding has %d tokens: %s of the tokenizer cannot be used",
+                vocab_size, ", ".join(f"{token!r:.50}" for token in list(beyond.values())[:5]),
+            )  # fmt: skip
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are bytes, then two control tokens. For tests: every text and id is obvious."""
@@ -196,7 +225,13 @@ def _piece_decoder(stored: Mapping[str, Any], path: Path) -> Any:
     decoder = json.dumps(stored.get("decoder"), ensure_ascii=False)
     if '"ByteLevel"' in decoder:
         byte_of = _byte_level_alphabet()
-        return lambda piece: bytes(byte_of[char] for char in piece)
+
+        def byte_level_bytes(piece: str) -> bytes:
+            if all(char in byte_of for char in piece):
+                return bytes(byte_of[char] for char in piece)
+            return piece.encode()  # no byte's spelling: the text itself, as to the library
+
+        return byte_level_bytes
     if '"ByteFallback"' in decoder or '"Metaspace"' in decoder:
         return _sentencepiece_bytes
     raise ConfigError(f"{path}: unsupported decoder; ByteLevel, ByteFallback and Metaspace are")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipllm_core.detokenizer import Detokenizer
+from skipllm_core.detokenizer import Detokenizer, whole_text
 from skipllm_core.tokenizer import ByteTokenizer, Tokenizer
 
 # Few letters, so that stop strings occur; several bytes each, so that splits fall inside them.
@@ -121,6 +122,60 @@ def test_special_tokens_are_text_only_when_asked_for() -> None:
     ids = [*b"hi", ByteTokenizer.EOS]
     assert text_of(ids) == "hi"
     assert text_of(ids, skip_special_tokens=False) == "hi</s>"
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+@pytest.mark.parametrize("is_included", [True, False])
+def test_a_stop_string_that_spells_a_special_token_ends_at_it_shown_or_not(
+    is_shown: bool, is_included: bool
+) -> None:
+    detokenizer = Detokenizer(
+        ByteTokenizer(),
+        stop=("xyz", "</s>"),
+        include_stop=is_included,
+        skip_special_tokens=not is_shown,
+    )
+    texts = [detokenizer.add(i) for i in (*b"ax", ByteTokenizer.EOS)]
+    assert detokenizer.stopped_by == "</s>"
+    assert "".join(texts) == "ax" + "</s>" * is_included
+
+
+def test_a_special_token_that_is_no_stop_string_releases_nothing() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), stop=("xyz",))
+    ids = (*b"ax", ByteTokenizer.EOS, *b"y")
+    assert [detokenizer.add(i) for i in ids] == ["a", "", "", ""]
+    assert detokenizer.add(ord("z")) == ""
+    assert detokenizer.stopped_by == "xyz"
+
+
+def test_a_special_tokens_stop_string_counts_from_min_tokens_on_too() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), stop=("</s>",), min_tokens=1)
+    detokenizer.add(ByteTokenizer.EOS)
+    assert detokenizer.stopped_by is None
+    detokenizer.add(ByteTokenizer.EOS)
+    assert detokenizer.stopped_by == "</s>"
+
+
+@given(TEXTS, st.integers(0, 1000), st.lists(st.integers(0, 1000)))
+def test_a_text_goes_on_inside_a_character(text: str, cut: int, cuts: list[int]) -> None:
+    raw = text.encode()
+    cut %= len(raw) + 1
+    pieces = split(raw, [*cuts, cut])
+    num_prompt = 0
+    while b"".join(pieces[:num_prompt]) != raw[:cut]:
+        num_prompt += 1
+    ids = list(range(len(pieces)))
+    tokenizer = PieceTokenizer(pieces)
+    detokenizer = Detokenizer(tokenizer, prompt_ids=ids[:num_prompt])
+    said = "".join(map(detokenizer.add, ids[num_prompt:]))
+    assert whole_text(tokenizer, ids[:num_prompt]) == raw[:cut].decode(errors="ignore")
+    assert whole_text(tokenizer, ids[:num_prompt]) + said == text
+
+
+def test_a_prompt_that_ends_inside_what_is_no_character_leaves_nothing_behind() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), prompt_ids=[0xF0, 0x9F, 0x41, 0x80])
+    assert detokenizer.add(ord("a")) == "a"
+    assert Detokenizer(ByteTokenizer(), prompt_ids=[0xF0, 0x9F]).add(ord("a")) == "\ufffda"
 
 
 def test_ids_without_a_text_are_silent() -> None:

@@ -162,6 +162,45 @@ def test_a_token_that_gets_another_id_than_declared_is_told(
     assert f"'<|late|>' as token {FIRST_ID + 7}" in told
 
 
+def test_a_tokenizer_whose_vocabulary_is_larger_than_the_embedding_is_refused(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, config={**NAMES, "image_token": "<|image|>"})
+    for vocab_size, message in {
+        FIRST_ID - 1: f"its vocabulary has {FIRST_ID} entries, the model's embedding",
+        FIRST_ID: r"'<\|bos\|>', which prompts are made with, is token",
+        FIRST_ID + 2: r"'<\|im_end\|>'",
+        FIRST_ID + 3: r"'<\|image\|>'",
+    }.items():
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+        with pytest.raises(ConfigError, match=message) as caught:
+            HFTokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_token_beyond_the_embedding_that_nothing_needs_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, config={**NAMES, "image_token": "<|image|>"})
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": FIRST_ID + 4}))
+    HFTokenizer(tmp_path)
+    (told,) = caplog.messages
+    assert told.endswith("'<|extra|>', '<tag>' of the tokenizer cannot be used")
+
+
+def test_a_beginning_beyond_the_embedding_is_refused_without_a_template_too(tmp_path: Path) -> None:
+    tokenizer = byte_level(["<|bos|>"], bos="<|bos|>")
+    tokenizer.add_special_tokens(["<|late|>"])
+    late = tokenizer.token_to_id("<|late|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|late|> $A", special_tokens=[("<|late|>", late)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": late}))
+    with pytest.raises(ConfigError, match=r"'<\|late\|>', which prompts are made with"):
+        HFTokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("declared", [[], {"x": flags("a")}, {"3": "a"}, {"3": {"content": 3}}])
 def test_a_declaration_that_is_none_is_refused(tmp_path: Path, declared: object) -> None:
     write(tmp_path, config={"added_tokens_decoder": declared})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,23 @@ def test_a_directory_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> No
     Tokenizer(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="unsupported decoder"):
         HFTokenizer(tmp_path)
+
+
+def test_entries_outside_the_byte_alphabet_are_the_text_that_they_are(tmp_path: Path) -> None:
+    entries = ["\n", "日本", "aĠ日", " ", "Ġé"]
+    save("chatml", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    ids = [token["id"] for token in stored["added_tokens"]]
+    vocab = stored["model"]["vocab"]
+    first = 1 + max(*vocab.values(), *ids)
+    vocab |= {entry: first + i for i, entry in enumerate(entries)}
+    stored["added_tokens"] = [t for t in stored["added_tokens"] if t["content"] in vocab]
+    path.write_text(json.dumps(stored))
+    ours = HFTokenizer(tmp_path)
+    library = Tokenizer.from_file(str(path))
+    for i in range(first, first + len(entries)):
+        assert ours.token_bytes(i).decode(errors="replace") == library.decode([i])
 
 
 def test_no_token_is_longer_than_the_bound_says(both: Pair) -> None:

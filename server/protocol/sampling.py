@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from skipllm_core.errors import ContextLengthError, InvalidRequestError
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
 from skipllm_core.types import EngineInfo, SamplingParams, SkipParams
+
+logger = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat fills the context
 
@@ -35,18 +38,29 @@ class SamplingDefaults(Wire):
 
     @classmethod
     def of_model(cls, model_dir: Path) -> SamplingDefaults:
-        """The recommendations within the bounds that requests have; none if there is no file."""
+        """The recommendations within the bounds that requests have; one that is not is told and
+        left out. None if there is no file."""
+        path = model_dir / "generation_config.json"
         try:
-            config = json.loads((model_dir / "generation_config.json").read_text("utf-8"))
-            given = {
-                name: config[name] for name in cls.model_fields if config.get(name) is not None
-            }
-            if config.get("do_sample") is False:
-                given["temperature"] = 0.0
-            GenerationRequest.model_validate(given)
-        except (OSError, ValueError, AttributeError, ValidationError):
+            config = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            logger.warning("%s: no recommendations are read: %s", path, error)
             return cls()
-        return cls(**given)
+        if not isinstance(config, dict):
+            logger.warning("%s: no recommendations are read: it is not a JSON object", path)
+            return cls()
+        given = {name: config[name] for name in cls.model_fields if config.get(name) is not None}
+        if config.get("do_sample") is False:
+            given["temperature"] = 0.0
+        usable = {}
+        for name, value in given.items():
+            try:
+                GenerationRequest.model_validate({name: value})
+                usable[name] = value
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                logger.warning("%s: %s is left out: %.100r: %s", path, name, value, reason)
+        return cls(**usable)
 
 
 def to_sampling_params(

@@ -125,8 +125,8 @@ def submit(
     recorder.submitted(num_prompt_tokens)
     return Generation(
         [
-            Choice(index, stream, _detokenizer(service, request), new_parser())
-            for index, stream in enumerate(streams)
+            Choice(index, stream, _detokenizer(service, request, prompt_ids), new_parser())
+            for index, (stream, (prompt_ids, _)) in enumerate(zip(streams, sequences, strict=True))
         ],
         n=request.n or 1,
         num_prompt_tokens=num_prompt_tokens,
@@ -230,9 +230,12 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
     )
 
 
-def _detokenizer(service: Service, request: ChatRequest | CompletionRequest) -> Detokenizer:
+def _detokenizer(
+    service: Service, request: ChatRequest | CompletionRequest, prompt_ids: Sequence[int]
+) -> Detokenizer:
     return Detokenizer(
         service.tokenizer,
+        prompt_ids=prompt_ids,
         stop=tuple(request.stop or ()),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,

@@ -31,6 +31,7 @@ from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
 from server.tools.grammars import constraint_of
+from skipllm_core.detokenizer import whole_text
 from skipllm_core.errors import ContextLengthError
 
 router = StrictRouter()
@@ -158,4 +159,4 @@ class CompletionForm:
         prompt = self._body.prompts[index // (self._body.n or 1)]
         if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
             return prompt
-        return self._tokenizer.decode(self._prompt_ids(index))
+        return whole_text(self._tokenizer, self._prompt_ids(index))

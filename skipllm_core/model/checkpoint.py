@@ -22,6 +22,7 @@ class TensorInfo:
     """One tensor of a safetensors file; its bytes are `start .. end - 1` of the file."""
 
     file: Path
+    name: str  # there
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -52,14 +53,21 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files that hold the weights: those of the index, or the single one.
+    """The safetensors files that hold the weights: the single one, or else those of the index, as
+    transformers has it.
 
     Raises UnsupportedModelError when there are none (pickles do not count: unpickling runs code)
     or when the index points out of the directory.
     """
-    index = model_dir / "model.safetensors.index.json"
-    single = model_dir / "model.safetensors"
+    index = model_dir / INDEX
+    single = model_dir / SINGLE
+    if single.is_file():
+        return [single]
     if index.is_file():
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -68,16 +76,12 @@ def weight_files(model_dir: Path) -> list[Path]:
             model_dir / name
             for name in sorted({_plain_name(n, index) for n in weight_map.values()})
         ]
-    if single.is_file():
-        return [single]
     if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
         raise UnsupportedModelError(
             f"{model_dir}: only pickled weights (.bin, .pt), which run code when loaded; "
             "convert them to safetensors"
         )
-    raise UnsupportedModelError(
-        f"{model_dir}: no weights: neither model.safetensors nor model.safetensors.index.json"
-    )
+    raise UnsupportedModelError(f"{model_dir}: no weights: neither {SINGLE} nor {INDEX}")
 
 
 def _plain_name(name: object, index: Path) -> str:
@@ -147,7 +151,7 @@ def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> Tenso
     start, end = offsets
     if end - start != math.prod(shape) * _DTYPE_BYTES[dtype]:
         raise malformed
-    return TensorInfo(file, dtype, tuple(shape), data_start + start, data_start + end)
+    return TensorInfo(file, name, dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def _is_sizes(value: object) -> TypeGuard[list[int]]:

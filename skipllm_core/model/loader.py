@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +14,15 @@ from torch import Tensor
 
 from skipllm_core.config import DType, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, UnsupportedModelError
-from skipllm_core.model.checkpoint import TensorInfo, read_tensors
+from skipllm_core.model.checkpoint import INDEX, SINGLE, TensorInfo, read_tensors
 from skipllm_core.model.config import ModelConfig, load_model_config
 from skipllm_core.model.layers import QUANTIZED, Linear, Place, quantize
 from skipllm_core.model.llama import LlamaModel
+
+logger = logging.getLogger(__name__)
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED_ROWS = 4096  # at a time
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -74,13 +81,55 @@ def load_model(
         _tie_quantized_head(model)
         return model.eval()
     tensors = read_tensors(model_dir)
+    if (model_dir / SINGLE).is_file() and (model_dir / INDEX).is_file():
+        logger.warning("%s: the weights are those of %s, not of %s", model_dir, SINGLE, INDEX)
+    config = _settle_head(config, tensors)
     # Compared before anything is allocated: a config may promise more than the files hold.
     plan = _allocate(config, Place(dtype, torch.device("meta"), quantization))
-    _check(model_dir, tensors, _targets(plan), is_tied=config.tie_word_embeddings)
+    _check(model_dir, tensors, _targets(plan))
     model = _allocate(config, Place(dtype, device, quantization))
     _copy(tensors, _targets(model))
     _tie_quantized_head(model)
     return model.eval()
+
+
+def _settle_head(config: ModelConfig, tensors: dict[str, TensorInfo]) -> ModelConfig:
+    """Whether the head is the embedding, as the weights have it: what a tied checkpoint stores
+    twice is taken from `tensors`, unless the two differ. Then they are two, as to transformers."""
+    if not config.tie_word_embeddings or _HEAD not in tensors:
+        return config
+    if _EMBEDDING not in tensors:  # some writers keep the other name of a tensor that has two
+        tensors[_EMBEDDING] = tensors.pop(_HEAD)
+    elif _is_equal(tensors, _HEAD, _EMBEDDING):
+        del tensors[_HEAD]
+    else:
+        logger.warning(
+            "config.json ties the head to the embedding, but the checkpoint has a head of its own, "
+            "which differs: that is used"
+        )
+        return replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _is_equal(tensors: dict[str, TensorInfo], one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same numbers, compared part by part."""
+    if not tensors[one].shape or tensors[one].shape != tensors[other].shape:
+        return False
+    try:
+        with (
+            safe_open(tensors[one].file, framework="pt") as ones,
+            safe_open(tensors[other].file, framework="pt") as others,
+        ):
+            a, b = ones.get_slice(one), others.get_slice(other)
+            rows = range(0, tensors[one].shape[0], _COMPARED_ROWS)
+            return all(
+                torch.equal(
+                    a[row : row + _COMPARED_ROWS].double(), b[row : row + _COMPARED_ROWS].double()
+                )
+                for row in rows
+            )
+    except (OSError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{tensors[one].file}: {error}") from error
 
 
 def _allocate(config: ModelConfig, place: Place) -> LlamaModel:
@@ -96,7 +145,7 @@ def _allocate(config: ModelConfig, place: Place) -> LlamaModel:
 def _targets(model: LlamaModel) -> dict[str, _Target]:
     """Every tensor that a checkpoint of this model must have, by its name there."""
     targets = {
-        "model.embed_tokens.weight": _target(model.embedding),
+        _EMBEDDING: _target(model.embedding),
         "model.norm.weight": _target(model.norm.weight),
     }
     if not model.config.tie_word_embeddings:
@@ -144,21 +193,14 @@ def _linear_targets(num_outputs: dict[str, int], linear: Linear) -> dict[str, _T
     return targets
 
 
-def _check(
-    model_dir: Path,
-    tensors: dict[str, TensorInfo],
-    targets: dict[str, _Target],
-    *,
-    is_tied: bool,
-) -> None:
+def _check(model_dir: Path, tensors: dict[str, TensorInfo], targets: dict[str, _Target]) -> None:
     missing = targets.keys() - tensors.keys()
     if missing:
         raise UnsupportedModelError(f"{model_dir}: tensors missing: {_some(missing)}")
     unexpected = {
         name
         for name in tensors.keys() - targets.keys()
-        # Older exports store the rotary frequencies, and a tied head although it is tied.
-        if not name.endswith(".rotary_emb.inv_freq") and not (is_tied and name == "lm_head.weight")
+        if not name.endswith(".rotary_emb.inv_freq")  # which older exports store
     }
     if unexpected:
         raise UnsupportedModelError(f"{model_dir}: unexpected tensors: {_some(unexpected)}")
@@ -184,7 +226,7 @@ def _copy(tensors: dict[str, TensorInfo], targets: dict[str, _Target]) -> None:
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in names:
-                    targets[name].fill(weights.get_tensor(name))
+                    targets[name].fill(weights.get_tensor(tensors[name].name))
         except (OSError, SafetensorError) as error:
             raise UnsupportedModelError(f"{file}: {error}") from error
 

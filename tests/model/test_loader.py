@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from skipllm_core.errors import UnsupportedModelError
@@ -19,6 +20,7 @@ from skipllm_core.model.loader import load_model, resolve_dtype
 from tests.model.checkpoints import CHECKPOINTS, save_checkpoint
 
 CPU = torch.device("cpu")
+WHOLE = "model-00002-of-00002.safetensors"
 SHARD = "model-00001-of-00002.safetensors"
 
 
@@ -67,6 +69,72 @@ def test_a_tied_head_is_one_tensor_and_may_be_stored_twice(tmp_path: Path) -> No
     save_file(tensors, file)
     model = load(model_dir)
     assert model.lm_head.weight is model.embedding
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_differs_from_the_embedding_is_used_though_the_config_ties_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scale: float, dtype: torch.dtype
+) -> None:
+    model_dir = save_checkpoint(tmp_path / "model", "llama3_tied")
+    file = model_dir / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1] *= scale  # the last row of many
+    save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    model = load(model_dir)
+    is_tied = scale == 1.0
+    assert (model.lm_head.weight is model.embedding) == is_tied
+    assert model.config.tie_word_embeddings == is_tied
+    assert torch.equal(model.lm_head.weight, head.float())
+    assert len(caplog.messages) == (not is_tied)
+    reference = transformers.LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    assert torch.equal(reference.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(reference.model.embed_tokens.weight, model.embedding)
+
+
+def test_a_tied_head_may_be_stored_under_its_other_name(tmp_path: Path) -> None:
+    model_dir = save_checkpoint(tmp_path / "model", "llama3_tied")
+    file = model_dir / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": embedding}, file, metadata={"format": "pt"})
+    model = load(model_dir)
+    assert model.lm_head.weight is model.embedding
+    assert torch.equal(model.embedding, embedding)
+
+
+def test_a_head_of_another_shape_is_refused_though_it_is_tied(tmp_path: Path) -> None:
+    model_dir = save_checkpoint(tmp_path / "model", "llama3_tied")
+    file = model_dir / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.ones(9, 48)}, file)
+    with pytest.raises(UnsupportedModelError, match=r"lm_head\.weight has shape \[9, 48\]"):
+        load(model_dir)
+
+
+def test_a_differing_head_is_quantized_from_its_own_weights(tmp_path: Path) -> None:
+    model_dir = save_checkpoint(tmp_path / "model", "llama3_tied")
+    file = model_dir / "model.safetensors"
+    tensors = load_file(file)
+    head = 3 * tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": head}, file)
+    found = load(model_dir, quantization="int8").lm_head
+    assert found.scale is not None
+    torch.testing.assert_close(found.weight * found.scale[:, None], head, atol=0.05, rtol=0)
+
+
+def test_one_file_beside_an_index_is_the_checkpoint_as_to_transformers(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stale = save_checkpoint(tmp_path / "stale", seed=1, max_shard_size="100KB")
+    for file in stale.glob("model*"):
+        (model_dir / file.name).write_bytes(file.read_bytes())
+    model = load(model_dir)
+    reference = transformers.LlamaForCausalLM.from_pretrained(model_dir)
+    assert torch.equal(model.embedding, reference.model.embed_tokens.weight)
+    assert torch.equal(model.lm_head.weight, reference.lm_head.weight)
+    (told,) = caplog.messages
+    assert told.endswith("those of model.safetensors, not of model.safetensors.index.json")
 
 
 # -- refusals: what is broken, and the words that tell
@@ -160,6 +228,7 @@ def index_with(weight_map: object) -> Callable[[Path], None]:
     def write(model_dir: Path) -> None:
         index = model_dir / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": weight_map}))
+        (model_dir / "model.safetensors").rename(model_dir / WHOLE)
 
     return write
 
@@ -170,7 +239,7 @@ def index_that_names_an_absent_file(model_dir: Path) -> None:
 
 def repeat_a_tensor_in_a_second_file(model_dir: Path) -> None:
     save_file({"model.norm.weight": torch.ones(48)}, model_dir / SHARD)
-    index_with({"a": "model.safetensors", "b": SHARD})(model_dir)
+    index_with({"a": WHOLE, "b": SHARD})(model_dir)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,32 @@ async def test_choices_differ_by_their_seeds_and_seeds_are_never_shared(server: 
     assert len(set(seeds)) == 2
 
 
+async def test_a_prompt_of_ids_is_continued_inside_a_character() -> None:
+    raw = "a🚀".encode()
+
+    def finish(seq: Sequence) -> int:
+        return raw[len(seq.token_ids)] if len(seq.token_ids) < len(raw) else ord("!")
+
+    async with running(finish) as server:
+        for num_given in range(1, len(raw)):
+            for echo in (False, True):
+                prompt = list(raw[:num_given])
+                reply = await server.complete(prompt, max_tokens=5, echo=echo)
+                expected = "🚀" + "!" * num_given
+                assert reply.json()["choices"][0]["text"] == "a" * echo + expected
+
+
+async def test_a_stop_string_that_is_a_special_token_ends_at_its_id() -> None:
+    async with running(lambda seq: ByteTokenizer.EOS) as server:
+        body = {"stop": ["</s>"], "max_tokens": 12, "ignore_eos": True}
+        for more in ({}, {"skip_special_tokens": False}, {"include_stop_str_in_output": True}):
+            reply = (await server.complete("Hi", **body, **more)).json()
+            assert reply["choices"][0]["text"] == "</s>" * ("include_stop_str_in_output" in more)
+            assert reply["choices"][0]["finish_reason"] == "stop"
+            assert reply["choices"][0]["stop_reason"] == "</s>"
+            assert reply["usage"]["completion_tokens"] == 1
+
+
 @pytest.mark.parametrize("prompt", ["abc", ["abc"], [256, 97, 98, 99], [[256, 97, 98, 99]]])
 async def test_a_prompt_may_be_text_or_ids_one_or_several(server: Server, prompt: Any) -> None:
     content = (await server.complete(prompt, max_tokens=2)).json()
@@ -265,18 +291,52 @@ async def test_the_models_recommendations_are_the_defaults() -> None:
             {"temperature": 0.6, "top_k": 20},
         ),
         ('{"do_sample": false}', {"temperature": 0.0}),
-        ('{"temperature": "hot"}', {}),
-        ('{"top_p": 7}', {}),
-        ("[]", {}),
-        ("{", {}),
+        ('{"top_p": 0.9, "top_k": null, "temperature": null}', {"top_p": 0.9}),
+        ('\ufeff{"top_k": 7}', {"top_k": 7}),
     ],
 )
-def test_recommendations_are_read_from_the_model_if_they_are_usable(
-    tmp_path: Path, config: str, expected: dict[str, float]
+def test_recommendations_are_read_from_the_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str, expected: dict[str, float]
 ) -> None:
     assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults()
     (tmp_path / "generation_config.json").write_text(config)
     assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults(**expected)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("odd", "value"),
+    [
+        ("top_k", 20.0),
+        ("top_k", True),
+        ("temperature", "hot"),
+        ("top_p", 7),
+        ("min_p", -0.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", [1.1]),
+        ("temperature", float("nan")),
+    ],
+)
+def test_an_odd_recommendation_is_told_and_left_out_and_the_others_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: str, value: object
+) -> None:
+    usable = {"temperature": 0.6, "top_p": 0.8, "top_k": 5, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**usable, odd: value}))
+    usable.pop(odd, None)
+    assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults(**usable)
+    (told,) = caplog.messages
+    assert f"generation_config.json: {odd} is left out" in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_recommendations_that_cannot_be_read_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    assert SamplingDefaults.of_model(tmp_path) == SamplingDefaults()
+    (told,) = caplog.messages
+    assert "no recommendations are read" in told
 
 
 class Opinionated(FakeRunner):
