@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from server.cors import CORS, CrossOrigin
 from server.errors import on_invalid_body, on_routing_error
 from server.guard import PUBLIC_PATHS, Guard, Limits
 from server.lifecycle import Lifecycle
@@ -17,9 +18,10 @@ from server.metrics import Metrics
 from server.openapi import describe
 from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
-from server.routes import chat, completions, models, ops, tokenize
+from server.routes import chat, completions, docs, models, ops, tokenize
 from server.service import Service
 from server.sse import leave_draining_to_us
+from server.tolerance import Tolerance
 from skipllm_core.client import EngineClient
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults
@@ -38,9 +40,16 @@ def build_app(
     api_keys: Sequence[str] = (),
     strict_params: bool = False,
     limits: Limits | None = None,
+    model_aliases: Sequence[str] = (),
+    cross_origin: CrossOrigin | None = None,
+    root_path: str = "",
 ) -> FastAPI:
     """The application over an engine that may still be starting: until it is ready, /ready and
-    the API answer 503. Whoever runs it drains it through `app.state.lifecycle`."""
+    the API answer 503. Whoever runs it drains it through `app.state.lifecycle`.
+
+    Requests may name the model by `model_name`, which answers bear, and by `model_aliases`.
+    `root_path` is where a proxy serves the API; paths come with or without it.
+    """
     leave_draining_to_us()
     if metrics is None:
         metrics = Metrics(model_name)
@@ -49,7 +58,9 @@ def build_app(
     app = FastAPI(
         title="SkipLLM",
         version=version("skipllm"),
+        docs_url=None,  # `routes.docs` shows it
         redoc_url=None,
+        redirect_slashes=False,
         strict_content_type=False,  # the guard has looked at it
         exception_handlers={
             HTTPException: on_routing_error,
@@ -63,6 +74,7 @@ def build_app(
         engine=engine,
         tokenizer=tokenizer,
         model_name=model_name,
+        model_aliases=tuple(model_aliases),
         metrics=metrics,
         lifecycle=lifecycle,
         unknown_fields=UnknownFields(is_strict=strict_params),
@@ -72,7 +84,11 @@ def build_app(
         version=app.version,
         created=int(time.time()),
     )
-    for routes in (chat, completions, models, tokenize, ops):
+    for routes in (chat, completions, models, tokenize, ops, docs):
         app.include_router(routes.router)
+    # The one added last is the first that a request meets.
     app.add_middleware(Guard, api_keys=api_keys, limits=limits or Limits(), metrics=metrics)
+    app.add_middleware(Tolerance, root_path=root_path)
+    if cross_origin is not None:
+        app.add_middleware(CORS, rules=cross_origin)
     return app

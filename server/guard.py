@@ -10,14 +10,21 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from starlette._utils import get_route_path
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ClientDisconnectedError, HTTPError, log_failure, reply_to
 from server.metrics import Endpoint, Metrics
 
-# Answered without a key: what probes ask, who have none. Everything else is denied by default.
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/live"})
+# Answered without a key: what probes and browsers ask, who send none. Everything else is denied.
+PUBLIC_PATHS = frozenset(
+    {
+        "/health", "/ready", "/live",
+        "/docs", "/docs/docs.js", "/docs/favicon.png",  # fixed files; /openapi.json wants a key
+        "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css",
+    }
+)  # fmt: skip
 CLIENT_LEFT = 499  # as nginx calls it; no client sees it, the metrics do
 
 _MEASURED: dict[str, Endpoint] = {
@@ -74,12 +81,13 @@ class Guard:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        endpoint = _MEASURED.get(scope["path"])
+        path = get_route_path(scope)  # as the router sees it
+        endpoint = _MEASURED.get(path)
         recorder = None if endpoint is None else self._metrics.request(endpoint, request_id)
         state = scope.setdefault("state", {})
         state["recorder"] = recorder
         try:
-            self._check_key(scope["path"], headers)
+            self._check_key(path, headers)
             self._check_size(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 receive = await self._read_body(headers, receive)

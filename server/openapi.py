@@ -92,8 +92,6 @@ def _document(app: FastAPI, public_paths: Collection[str], *, needs_key: bool) -
     document = get_openapi(
         title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes
     )
-    if app.root_path:
-        document["servers"] = [{"url": app.root_path}]
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # of the 422 that is never sent

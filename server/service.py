@@ -24,7 +24,8 @@ _INLINE_CHARS = 4096  # about a millisecond of tokenizing; more is done in a thr
 class Service:
     engine: EngineClient
     tokenizer: Tokenizer
-    model_name: str
+    model_name: str  # the one that answers bear
+    model_aliases: tuple[str, ...]
     metrics: Metrics
     lifecycle: Lifecycle
     unknown_fields: UnknownFields
@@ -50,7 +51,7 @@ class Service:
             raise _unavailable("The engine is not available just now.", retry_after_s=1)
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
+        if name is not None and name != self.model_name and name not in self.model_aliases:
             message = f"The model `{name[:200]}` does not exist or you do not have access to it."
             raise HTTPError(404, message, param="model", code="model_not_found")
 

@@ -6,6 +6,7 @@ Command line, environment and YAML file all speak these names: `max_num_seqs` is
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +47,22 @@ def _split_commas(value: object) -> object:
     return [item.strip() for text in texts for item in text.split(",") if item.strip()]
 
 
+def _as_vllm_writes_lists(value: object) -> object:
+    """`'["a", "b"]'` as its items, besides what `_split_commas` takes."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and len(texts) == 1 and str(texts[0]).startswith("["):
+        try:
+            return json.loads(texts[0])
+        except ValueError:
+            return value
+    return _split_commas(value)
+
+
+def _as_prefix(value: object) -> object:
+    """`llm/` as `/llm`, and `/` as no prefix at all."""
+    return value and f"/{value.strip('/')}".rstrip("/") if isinstance(value, str) else value
+
+
 def _off_is_never(value: object) -> object:
     """Requests say `off`, so servers may."""
     return "never" if value == "off" else value
@@ -54,6 +71,9 @@ def _off_is_never(value: object) -> object:
 def _setting(panel: str, default: object, help_text: str, **constraints: Any) -> Any:
     """A field with its help, and the panel of `--help` that shows it."""
     return Field(default, description=help_text, json_schema_extra={"panel": panel}, **constraints)
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_as_vllm_writes_lists)]
 
 
 class Settings(BaseModel):
@@ -66,8 +86,27 @@ class Settings(BaseModel):
         None,
         "A local directory or a Hugging Face id. Without it, the embedded model is served.",
     )
-    served_model_name: str | None = _setting(
-        "Model", None, "The model's name in the API; by default, MODEL as it was given."
+    served_model_name: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = _setting(
+        "Model",
+        (),
+        "The model's name in the API; by default, MODEL as it was given. Several, repeated or "
+        "separated by commas: requests may use any, answers bear the first.",
+    )
+    revision: str | None = _setting(
+        "Model", None, "Branch, tag or commit of a Hugging Face id; by default, its main branch."
+    )
+    tokenizer: str | None = _setting(
+        "Model",
+        None,
+        "A directory or Hugging Face id whose tokenizer and chat template to use; by default, "
+        "the model's own.",
+    )
+    generation_config: str = _setting(
+        "Model",
+        "auto",
+        "Where sampling parameters that a request leaves out come from: auto (the model's "
+        "generation_config.json), none (temperature 1, and no limits), or a directory with such "
+        "a file.",
     )
     load_format: LoadFormat = _setting(
         "Model", "auto", "How weights are read; dummy: random weights, config.json is enough."
@@ -192,6 +231,26 @@ class Settings(BaseModel):
     strict_params: bool = _setting(
         "Server", False, "Answer 400 to unknown request fields instead of ignoring them."
     )
+    allowed_origins: _Names = _setting(
+        "Server",
+        (),
+        "Origins whose pages may use the server from a browser; several: repeat it, or separate "
+        "by commas; *: all. By default, none.",
+    )
+    allowed_methods: _Names = _setting("Server", ("*",), "Methods that such pages may use.")
+    allowed_headers: _Names = _setting("Server", ("*",), "Headers that such pages may send.")
+    allow_credentials: bool = _setting(
+        "Server", False, "Let browsers send cookies and the like along from such pages."
+    )
+    root_path: Annotated[str | None, BeforeValidator(_as_prefix)] = _setting(
+        "Server", None, "Prefix below which a proxy serves the API, as /llm."
+    )
+    ssl_certfile: Path | None = _setting(
+        "Server", None, "Certificate, with its chain, in PEM: the server then speaks HTTPS."
+    )
+    ssl_keyfile: Path | None = _setting(
+        "Server", None, "The certificate's key, in PEM; by default, in the certificate's file."
+    )
     shutdown_timeout: float = _setting(
         "Server", 30.0, "Seconds that running requests have to finish after SIGTERM.", ge=0, le=3600
     )
@@ -205,10 +264,23 @@ class Settings(BaseModel):
             raise ValueError(f"give {second} or {first}, not both")
         return self
 
+    @model_validator(mode="after")
+    def _a_key_needs_its_certificate(self) -> Settings:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
+        return self
+
     @property
     def model_name(self) -> str:
         """The model's name in the API."""
-        return self.served_model_name or self.model or EMBEDDED_MODEL_NAME
+        own = self.model or EMBEDDED_MODEL_NAME
+        return self.served_model_name[0] if self.served_model_name else own
+
+    @property
+    def model_aliases(self) -> tuple[str, ...]:
+        """Its other names, each once."""
+        names = dict.fromkeys(self.served_model_name)
+        return tuple(name for name in names if name != self.model_name)
 
     @property
     def is_embedded_model(self) -> bool:

@@ -58,10 +58,11 @@ class HFTokenizer:
     """The tokenizer of a Hugging Face model directory.
 
     Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and the end-of-sequence ids of
-    generation_config.json and config.json. Raises ConfigError if they are missing or unusable.
+    generation_config.json and config.json, these of `eos_from` where a model is served with
+    another's tokenizer. Raises ConfigError if they are missing or unusable.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, *, eos_from: Path | None = None) -> None:
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; only fast tokenizers are supported")
@@ -80,7 +81,7 @@ class HFTokenizer:
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._piece_bytes = _piece_decoder(stored, path)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
-        self.eos_token_ids = self._find_eos_ids(model_dir, names.get("eos_token"))
+        self.eos_token_ids = self._find_eos_ids(eos_from or model_dir, names.get("eos_token"))
         self.chat_template = _template_source(model_dir, config)
         self._chat = self._compile(self.chat_template, names, stored["model"])
         self._check_fits(_read_json(model_dir / "config.json").get("vocab_size"), stored["model"])

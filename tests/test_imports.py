@@ -105,7 +105,7 @@ FLOORS = {
         {"protocol"},
         {"tools"},
         {"errors", "logs", "openapi", "settings_sources"},
-        {"lifecycle", "metrics", "sse"},
+        {"cors", "lifecycle", "metrics", "sse", "tolerance"},
         {"guard", "service"},
         {"generation"},
         {"routes"},

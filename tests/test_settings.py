@@ -50,6 +50,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
         ({}, {}, "- 1", "must be a mapping"),
         ({}, {}, "a: [", "not valid YAML"),
         ({"skip_ratio": "0.1", "skip_threshold": "0.9"}, {}, "", "not both"),
+        ({"ssl_keyfile": "k.pem"}, {}, "", "--ssl-keyfile needs --ssl-certfile"),
         ({"skip_ratio": "0.1", "min_agreement": "0.9"}, {}, "", "give --min-agreement or --skip-r"),
     ],
 )  # fmt: skip
@@ -178,6 +179,31 @@ def test_keys_come_from_repeated_flags_a_list_or_commas_and_are_never_shown(
     with pytest.raises(SettingsError) as raised:
         load_settings({}, {}, config_file)
     assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("given", ["a,b,a", ["a", "b"], ["a, b"]])
+def test_a_model_may_have_several_names(given: object) -> None:
+    settings = load_settings({"served_model_name": given}, {})
+    assert (settings.model_name, settings.model_aliases) == ("a", ("b",))
+    assert (Settings().model_name, Settings().model_aliases) == ("skipllm-demo", ())
+    assert load_settings({"model": "org/name"}, {}).model_name == "org/name"
+
+
+@pytest.mark.parametrize(
+    "given", ['["https://a", "https://b"]', "https://a,https://b", ["https://a", "https://b"]]
+)
+def test_origins_are_given_as_lists_of_any_kind(given: object) -> None:
+    assert load_settings({"allowed_origins": given}, {}).allowed_origins == (
+        "https://a",
+        "https://b",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "prefix"), [("/llm", "/llm"), ("llm/v", "/llm/v"), ("/llm/", "/llm"), ("/", "")]
+)
+def test_a_prefix_begins_with_a_slash_and_ends_without(given: str, prefix: str) -> None:
+    assert load_settings({"root_path": given}, {}).root_path == prefix
 
 
 def test_every_engine_setting_reaches_the_engine() -> None:

@@ -157,6 +157,11 @@ def test_end_of_sequence_ids_are_those_of_the_tokenizer_and_the_model(tmp_path: 
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     assert HFTokenizer(tmp_path).eos_token_ids == (0, 2, 7)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"eos_token_id": 5}')
+    served = HFTokenizer(tmp_path, eos_from=model)
+    assert served.eos_token_ids == (2, 5), "its own end token, and the ids of the model served"
 
 
 def test_truncation_and_padding_stored_with_a_tokenizer_are_not_applied(tmp_path: Path) -> None:

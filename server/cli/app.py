@@ -78,7 +78,7 @@ def serve(
 
 
 @app.command(cls=Command)
-@takes_settings(("device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs"))
+@takes_settings(("revision", "device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs"))
 def calibrate(
     model: Annotated[
         str | None,

@@ -55,7 +55,7 @@ _Data = Annotated[
 
 _ENGINE = (
     "device", "dtype", "num_threads", "kv_cache_memory", "max_num_seqs", "max_model_len",
-    "enforce_eager",
+    "enforce_eager", "revision",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,12 +24,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.app import build_app
 from server.cli.banner import describe_skipping, print_banner, print_line
-from server.cli.models import find_model
+from server.cli.models import find_model, find_sampling_defaults, find_tokenizer
+from server.cors import CrossOrigin
 from server.errors import ErrorReply
 from server.lifecycle import Lifecycle
 from server.logs import configure_logging
 from server.metrics import Metrics
-from server.protocol.sampling import SamplingDefaults
 from server.settings import Settings
 from skipllm_core.client import ProcessEngineClient
 from skipllm_core.errors import ConfigError
@@ -51,12 +52,14 @@ def run_server(settings: Settings) -> int:
     configure_logging(settings.log_level)
     signal.signal(signal.SIGTERM, _end_at_once)  # while a model is fetched; `_Stop` takes over
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, unused
+    check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
     with listen(settings.host, settings.port) as listener:  # a taken port is told before the load
         print_line(f"loading {settings.model_name} ...")
         model_dir = find_model(settings)
         load_model_config(model_dir)  # an unsupported model is told before anything else of it
         profile = find_profile(settings.skip_profile, model_dir)
-        return uvloop.run(_serve(settings, model_dir, profile, listener))
+        tokenizer = HFTokenizer(find_tokenizer(settings, model_dir), eos_from=model_dir)
+        return uvloop.run(_serve(settings, model_dir, tokenizer, profile, listener))
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
@@ -78,6 +81,30 @@ def find_profile(given: Path | None, model_dir: Path) -> SkipProfile | None:
     return profile
 
 
+def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
+    """Raises ConfigError for a certificate that cannot be served with."""
+    if certfile is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certfile, keyfile, password=lambda: b"")  # never asks the terminal
+    except OSError as error:  # ssl's own among them
+        reason = error.strerror or str(error)
+        files = certfile if keyfile is None else f"{certfile} with {keyfile}"
+        raise ConfigError(f"cannot serve HTTPS with {files}: {reason}") from None
+
+
+def _cross_origin(settings: Settings) -> CrossOrigin | None:
+    if not settings.allowed_origins:
+        return None
+    return CrossOrigin(
+        origins=settings.allowed_origins,
+        methods=settings.allowed_methods,
+        headers=settings.allowed_headers,
+        credentials=settings.allow_credentials,
+    )
+
+
 @contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -91,7 +118,11 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def _serve(
-    settings: Settings, model_dir: Path, profile: SkipProfile | None, listener: socket.socket
+    settings: Settings,
+    model_dir: Path,
+    tokenizer: HFTokenizer,
+    profile: SkipProfile | None,
+    listener: socket.socket,
 ) -> int:
     started_s = time.monotonic()
     skip_defaults = settings.skip_defaults(profile)
@@ -101,14 +132,17 @@ async def _serve(
     metrics.watch(engine)
     app = build_app(
         engine,
-        HFTokenizer(model_dir),
+        tokenizer,
         model_name=settings.model_name,
+        model_aliases=settings.model_aliases,
         metrics=metrics,
         skip_defaults=skip_defaults,
         skip_profile=profile,
         api_keys=settings.api_key,
-        sampling_defaults=SamplingDefaults.of_model(model_dir),
+        sampling_defaults=find_sampling_defaults(settings, model_dir),
         strict_params=settings.strict_params,
+        cross_origin=_cross_origin(settings),
+        root_path=settings.root_path or "",
     )
     http = _HTTPServer(
         uvicorn.Config(
@@ -121,6 +155,8 @@ async def _serve(
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=FLUSH_S,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
         )
     )
     stop.watch(http, app.state.lifecycle)
@@ -135,7 +171,7 @@ async def _serve(
                 settings,
                 engine.info,
                 describe_skipping(skip_defaults, resolve_skip(skip_defaults, profile, None)),
-                url=_url(settings.host, listener),
+                url=_url(settings, listener),
                 startup_s=time.monotonic() - started_s,
             )
             if profile is None:
@@ -214,8 +250,9 @@ class _Stop:
         self._http.should_exit = True
 
 
-def _url(host: str, listener: socket.socket) -> str:
+def _url(settings: Settings, listener: socket.socket) -> str:
     """Where a client on this machine finds the server."""
     port = listener.getsockname()[1]
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    return f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}"

@@ -62,7 +62,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         is_flag = field.annotation is bool
-        default = "" if field.default in (None, ()) or is_flag else f" Default: {field.default}."
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        default = "" if shown in (None, "") or is_flag else f" Default: {shown}."
         option = typer.Option(
             help=f"{field.description}{default}",
             metavar=None if is_flag else _metavar(field.annotation),

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: one model, under its served name."""
+"""GET /v1/models and /v1/models/{id}: one model, under each of its names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ router = StrictRouter()
 @router.get("/v1/models", **answers(ModelList, errors=(503,)))
 async def list_models(request: Request) -> Response:
     """Lists the model, under each of its names."""
-    return json_response({"object": "list", "data": [_card(request.app.state.service)]})
+    service: Service = request.app.state.service
+    names = (service.model_name, *service.model_aliases)
+    return json_response({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 @router.get("/v1/models/{model_name:path}", **answers(ModelCard, errors=(404, 503)))
@@ -27,13 +29,13 @@ async def show_model(model_name: str, request: Request) -> Response:
     """Tells about the model of one name."""
     service: Service = request.app.state.service
     service.check_model(model_name)
-    return json_response(_card(service))
+    return json_response(_card(service, model_name))
 
 
-def _card(service: Service) -> dict[str, Any]:
+def _card(service: Service, name: str) -> dict[str, Any]:
     service.check_ready()
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "skipllm",

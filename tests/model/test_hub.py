@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from skipllm_core.errors import ConfigError, UnsupportedModelError
-from skipllm_core.model.hub import resolve_model
+from skipllm_core.model.hub import resolve_model, resolve_tokenizer
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_of_a_hub_repository_neither_pickles_nor_code_are_fetched(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert resolve_model("org/name") == tmp_path
-    assert asked.pop("repo_id") == "org/name"
+    assert (asked.pop("repo_id"), asked.pop("revision")) == ("org/name", None)
     repository = [
         "config.json",
         "tokenizer.json",
@@ -63,6 +63,23 @@ def test_of_a_hub_repository_neither_pickles_nor_code_are_fetched(
     ]
     fetched = list(filter_repo_objects(repository, **asked))
     assert fetched == repository[:5]
+    assert resolve_tokenizer("org/name") == tmp_path
+    del asked["repo_id"], asked["revision"]
+    assert list(filter_repo_objects(repository, **asked)) == repository[:3]
+
+
+def test_a_revision_is_the_hubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def snapshot_download(repo_id: str, *, revision: str | None, **options: Any) -> str:
+        if revision == "absent":
+            raise OSError("404")
+        return str(tmp_path / str(revision))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model("org/name", revision="v2") == tmp_path / "v2"
+    with pytest.raises(ConfigError, match="org/name at absent: no such directory"):
+        resolve_model("org/name", revision="absent")
+    with pytest.raises(ConfigError, match="a directory, which has no revision v2"):
+        resolve_model(str(tmp_path), revision="v2")
 
 
 def test_a_repository_that_is_not_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
