@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
         token's spelling; nothing for an id beyond the vocabulary."""
         ...
 
+    def token_piece(self, token_id: int) -> str:
+        """A token as the vocabulary spells it, as `Ġfox`; nothing for an id beyond it."""
+        ...
+
     def is_special(self, token_id: int) -> bool: ...
 
 
@@ -123,6 +127,9 @@ class HFTokenizer:
             return added.encode()
         piece = self._tokenizer.id_to_token(token_id)
         return b"" if piece is None else self._piece_bytes(piece)
+
+    def token_piece(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
@@ -216,6 +223,10 @@ class ByteTokenizer:
         if token_id < 256:
             return bytes([token_id])
         return {self.BOS: b"<s>", self.EOS: b"</s>"}.get(token_id, b"")
+
+    def token_piece(self, token_id: int) -> str:
+        """The byte as a character of Latin-1."""
+        return self.token_bytes(token_id).decode("latin-1")
 
     def is_special(self, token_id: int) -> bool:
         return token_id in (self.BOS, self.EOS)

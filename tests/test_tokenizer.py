@@ -152,6 +152,13 @@ def test_streamed_text_is_the_decoded_text(both: Pair, text: str) -> None:
     assert streamed in (whole, f" {whole}")
 
 
+def test_pieces_are_transformers_own(both: Pair) -> None:
+    ours, theirs = both
+    ids = theirs.encode("the fox é漢🦊 \n</s><|im_end|>")
+    assert [*map(ours.token_piece, ids)] == theirs.convert_ids_to_tokens(ids)
+    assert ours.token_piece(10**6) == ""
+
+
 def test_end_of_sequence_ids_are_those_of_the_tokenizer_and_the_model(tmp_path: Path) -> None:
     save("chatml", tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')

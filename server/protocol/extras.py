@@ -19,7 +19,7 @@ Neutral = tuple[object, ...]  # the values that ask for nothing; null never does
 _NO: Neutral = (False, "", [], {})
 
 REFUSED: Mapping[str, Neutral] = {
-    # Of one endpoint, sent to another
+    # Of one endpoint, /tokenize among them, sent to another
     "add_generation_prompt": (True,),
     "add_special_tokens": _NO,  # a chat's template says where such tokens stand
     "chat_template_kwargs": _NO,
@@ -29,6 +29,7 @@ REFUSED: Mapping[str, Neutral] = {
     "messages": _NO,
     "prompt": _NO,
     "reasoning_effort": ("none",),
+    "return_token_strs": _NO,
     "tool_choice": ("none", "auto"),
     "tools": _NO,
     "top_logprobs": (0, False),
@@ -57,7 +58,6 @@ REFUSED: Mapping[str, Neutral] = {
     "prompt_logprobs": (False,),
     "repetition_detection": _NO,
     "return_prompt_text": _NO,
-    "return_token_strs": _NO,
     "return_tokens_as_token_ids": _NO,
     "return_weight_versions": _NO,
     "spaces_between_special_tokens": (True,),

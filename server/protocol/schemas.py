@@ -229,6 +229,8 @@ class Tokens(Described):
     tokens: list[int]
     count: int
     max_model_len: int
+    token_strs: list[str] | None
+    """With return_token_strs: the tokens as the vocabulary spells them."""
 
 
 class Text(Described):

@@ -44,6 +44,8 @@ class TokenizeRequest(Wire):
     """Whether the last message is left open."""
     chat_template_kwargs: TemplateOptions | None = None
     """Switches of the model's chat template."""
+    return_token_strs: bool | None = None
+    """Whether to tell how the vocabulary spells the tokens."""
 
 
 class DetokenizeRequest(Wire):
@@ -68,8 +70,14 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     except ContextLengthError as error:
         raise InvalidRequestError(str(error), param="prompt", code=error.code) from None
     max_model_len = service.engine.info.max_model_len
+    pieces = map(service.tokenizer.token_piece, token_ids)
     return json_response(
-        {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+        {
+            "tokens": token_ids,
+            "count": len(token_ids),
+            "max_model_len": max_model_len,
+            "token_strs": list(pieces) if body.return_token_strs else None,
+        }
     )
 
 

@@ -75,6 +75,9 @@ async def test_tokenizing_tells_what_a_request_would_cost(server: Server) -> Non
     for name in ("prompt", "content"):
         ids = (await server.post("/tokenize", {name: "hé"})).json()["tokens"]
         assert ids == ByteTokenizer().encode("hé")
+    told = (await server.post("/tokenize", {"prompt": "hé", "return_token_strs": True})).json()
+    assert told["token_strs"] == ["<s>", "h", "Ã", "©"]
+    assert found["token_strs"] is None
     text = (await server.post("/detokenize", {"tokens": [104, 0xC3, 0xA9]})).json()
     assert text == {"prompt": "hé"}
 
@@ -82,7 +85,6 @@ async def test_tokenizing_tells_what_a_request_would_cost(server: Server) -> Non
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "return_token_strs"),
         ("/tokenize", {"messages": [HI], "tools": [{"type": "function"}]}, "tools"),
         ("/tokenize", {"messages": [HI], "chat_template": "{{ 1 }}"}, "chat_template"),
         ("/detokenize", {"tokens": [320]}, "tokens"),
