@@ -32,6 +32,7 @@ from server.logs import configure_logging
 from server.metrics import Metrics
 from server.settings import Settings
 from skipllm_core.client import ProcessEngineClient
+from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.fingerprint import model_fingerprint
@@ -58,8 +59,10 @@ def run_server(settings: Settings) -> int:
         model_dir = find_model(settings)
         load_model_config(model_dir)  # an unsupported model is told before anything else of it
         profile = find_profile(settings.skip_profile, model_dir)
-        tokenizer = HFTokenizer(find_tokenizer(settings, model_dir), eos_from=model_dir)
-        return uvloop.run(_serve(settings, model_dir, tokenizer, profile, listener))
+        tokenizer_dir = find_tokenizer(settings, model_dir)
+        config = settings.engine_config(model_dir, tokenizer_dir)
+        tokenizer = HFTokenizer(tokenizer_dir, eos_from=model_dir)
+        return uvloop.run(_serve(settings, config, tokenizer, profile, listener))
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
@@ -119,7 +122,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 async def _serve(
     settings: Settings,
-    model_dir: Path,
+    config: EngineConfig,
     tokenizer: HFTokenizer,
     profile: SkipProfile | None,
     listener: socket.socket,
@@ -127,7 +130,7 @@ async def _serve(
     started_s = time.monotonic()
     skip_defaults = settings.skip_defaults(profile)
     stop = _Stop(settings.shutdown_timeout)
-    engine = ProcessEngineClient(settings.engine_config(model_dir), on_fatal=stop.on_fatal)
+    engine = ProcessEngineClient(config, on_fatal=stop.on_fatal)
     metrics = Metrics(settings.model_name)
     metrics.watch(engine)
     app = build_app(
@@ -139,7 +142,7 @@ async def _serve(
         skip_defaults=skip_defaults,
         skip_profile=profile,
         api_keys=settings.api_key,
-        sampling_defaults=find_sampling_defaults(settings, model_dir),
+        sampling_defaults=find_sampling_defaults(settings, config.model_dir),
         strict_params=settings.strict_params,
         cross_origin=_cross_origin(settings),
         root_path=settings.root_path or "",
@@ -177,8 +180,9 @@ async def _serve(
             if profile is None:
                 print_line(
                     "This model has no skip profile, so nothing is skipped. To make one: "
-                    f"skipllm calibrate {settings.model or model_dir} --prompts PROMPTS.jsonl "
-                    "--out skip.yaml; then serve with --skip-profile skip.yaml"
+                    f"skipllm calibrate {settings.model or config.model_dir} "
+                    "--prompts PROMPTS.jsonl --out skip.yaml; then serve with "
+                    "--skip-profile skip.yaml"
                 )
         await serving
     finally:

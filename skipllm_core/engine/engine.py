@@ -96,7 +96,12 @@ class Engine:
             clock=clock,
         )
         self._grammars = Grammars(
-            load_tokenizer or partial(HFTokenizer, config.tokenizer_dir or config.model_dir),
+            load_tokenizer
+            or partial(
+                HFTokenizer,
+                config.tokenizer_dir or config.model_dir,
+                eos_from=config.model_dir,
+            ),
             runner.vocab_size,
         )
         self._seqs: dict[int, Sequence] = {}  # the unfinished ones

@@ -99,6 +99,11 @@ def test_all_of_it_at_once(
             ids = (http.post("/tokenize", json={"prompt": "<hi>"})).json()["tokens"]
             assert answer.model_extra is not None
             assert answer.model_extra["prompt_token_ids"] == ids, "the other template"
+            held = client.completions.create(
+                model="first", prompt="a", extra_body={"guided_choice": ["yes", "no"]}
+            )
+            assert held.choices[0].text in ("yes", "no"), "of the other tokenizer's texts"
+            assert held.choices[0].finish_reason == "stop"
             defaults = http.get("/server_info").json()["sampling_defaults"]
             assert defaults["temperature"] == 0
             reply = http.get("/v1/nowhere", headers={"origin": PAGE})
