@@ -26,6 +26,7 @@ from skipllm_core.tainted import Marks, Origin, Tainted, plain, spans_of
 Message = Mapping[str, Any]
 
 _INSTRUCTORS = ("system", "developer", "assistant", "tool")
+_ROLES = (*_INSTRUCTORS, "user")
 _BLANK_END = "\ufdd2 "  # what a blank message ends with that is continued, to be found again
 
 
@@ -84,6 +85,8 @@ class ChatTemplate:
 
     def _taint(self, message: Message) -> dict[str, Any]:
         tainted: dict[str, Any] = self._marks.taint(message, _origin(message))
+        if message["role"] in _ROLES:  # nobody's words, and `<|{{ role }}|>` may be a token
+            tainted["role"] = message["role"]
         if message["role"] == "developer" and not self._knows_developers:
             tainted["role"] = "system"
         return tainted
@@ -247,13 +250,18 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def template_of(tokenizer_config: Mapping[str, Any], jinja_file: str | None) -> str | None:
-    """The template's source: chat_template.jinja, or what tokenizer_config.json holds (one, or
-    several by name of which `default` is taken)."""
+def template_of(
+    tokenizer_config: Mapping[str, Any], jinja_file: str | None, name: str = "default"
+) -> str | None:
+    """The source of the template of that name: the file's, or what tokenizer_config.json holds
+    (one, which is the default, or several by name)."""
     if jinja_file is not None:
         return jinja_file
     found = tokenizer_config.get("chat_template")
     if isinstance(found, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in found}
-        found = by_name.get("default")
-    return found if isinstance(found, str) else None
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = {entry.get("name"): entry.get("template") for entry in entries}
+    elif not isinstance(found, dict):
+        found = {"default": found}
+    source = found.get(name)
+    return source if isinstance(source, str) else None

@@ -15,18 +15,19 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import tokenizers
 
 from skipllm_core.chat_template import ChatTemplate
 from skipllm_core.errors import ConfigError, InvalidRequestError
-from skipllm_core.tainted import Origin, plain, spans_of
+from skipllm_core.tainted import Origin, Span, plain, spans_of
 
 _MAX_GAPS = 2**20
 
@@ -89,11 +90,10 @@ class ControlTokenEncoder:
         nonce = f"q{secrets.token_hex(8)}"
         self._names = {token: f"{nonce}{index}z" for index, token in enumerate(guarded)}
         self.tokens = tokens
-        self._any = re.compile(_any_of(guarded))
-        self._shorter = {  # which of them begin as the token does
-            token: [t for t in _by_length(guarded) if token.startswith(t) and t != token]
-            for token in guarded
-        }
+        self._by_length = sorted(guarded, key=len, reverse=True)
+        self._any = re.compile(_any_of(self._by_length))
+        tags = [token for token in self._by_length if token not in tokens.turn_marks]
+        self._tag = re.compile(_any_of(tags))
         self._tokenizer, self._ids = _renamed(tokenizer, model, self._names)
 
     def encode(self, prompt: str) -> list[int]:
@@ -102,57 +102,59 @@ class ControlTokenEncoder:
         return [self._ids.get(token_id, token_id) for token_id in found]
 
     def _with_names(self, prompt: str) -> str:
-        text = plain(prompt)
+        text, spans = plain(prompt), spans_of(prompt)
+        longest = len(self._by_length[0]) if self._by_length else 0
         parts: list[str] = []
-        copied = position = 0
-        spans = _Spans(prompt)
-        while found := self._any.search(text, position):
-            start = found.start()
-            candidates = (found[0], *self._shorter[found[0]])
-            meant = (
-                token
-                for token in candidates
-                if self._is_meant(token, spans.origin(start, start + len(token)))
-            )
-            token = next(meant, None)
-            if token is None:
-                position = start + 1
-                continue
-            parts += text[copied:start], self._names[token]
-            copied = position = start + len(token)
+        copied = 0
+        for start, end, origin in _regions(spans, len(text)):
+            if Origin.USER in origin:
+                continue  # what begins there is the user's, in part at least
+            pattern = self._tag if origin else self._any
+            at = max(start, copied)
+            while at < end and (found := pattern.search(text, at, end + longest)):
+                at = found.start()
+                if at >= end:
+                    break
+                token = self._meant(found[0], at, spans)
+                if token is None:
+                    at += 1
+                    continue
+                parts += text[copied:at], self._names[token]
+                copied = at = at + len(token)
         return "".join((*parts, text[copied:]))
 
-    def _is_meant(self, token: str, origin: Origin) -> bool:
-        if Origin.USER in origin:
-            return False
-        return Origin.INSTRUCTOR not in origin or token not in self.tokens.turn_marks
+    def _meant(self, spelling: str, start: int, spans: Sequence[Span]) -> str | None:
+        """The longest control token that is meant, of those that the text spells at `start`."""
+        for token in (spelling, *filter(spelling.startswith, self._by_length)):
+            origin = _origin(spans, start, start + len(token))
+            if Origin.USER not in origin and (not origin or token not in self.tokens.turn_marks):
+                return token
+        return None
 
 
-class _Spans:
-    """Asked from left to right, who wrote something between two places."""
-
-    def __init__(self, text: str) -> None:
-        self._spans = spans_of(text)
-        self._first = 0  # of those that may matter still
-
-    def origin(self, start: int, end: int) -> Origin:
-        while self._first < len(self._spans) and self._spans[self._first].end <= start:
-            self._first += 1
-        union = Origin(0)
-        for index in range(self._first, len(self._spans)):
-            if self._spans[index].start >= end:
-                break
-            union |= self._spans[index].origin
-        return union
+def _regions(spans: Sequence[Span], length: int) -> Iterator[Span]:
+    """The spans, and what is between them and nobody's."""
+    position = 0
+    for span in spans:
+        yield Span(position, span.start, Origin(0))
+        yield span
+        position = span.end
+    yield Span(position, length, Origin(0))
 
 
-def _by_length(spellings: Collection[str]) -> list[str]:
-    return sorted(spellings, key=len, reverse=True)
+def _origin(spans: Sequence[Span], start: int, end: int) -> Origin:
+    """Who wrote something between two places."""
+    union = Origin(0)
+    for index in range(bisect_right(spans, start, key=attrgetter("end")), len(spans)):
+        if spans[index].start >= end:
+            break
+        union |= spans[index].origin
+    return union
 
 
-def _any_of(spellings: Collection[str]) -> str:
-    """A pattern for any of them, longest first; for nothing if there are none."""
-    return "|".join(map(re.escape, _by_length(spellings))) or "(?!)"
+def _any_of(longest_first: Sequence[str]) -> str:
+    """A pattern for any of them; for nothing if there are none."""
+    return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
 def _renamed(

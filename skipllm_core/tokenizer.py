@@ -88,6 +88,10 @@ class HFTokenizer:
         self.eos_token_ids = self._find_eos_ids(eos_from or model_dir, names.get("eos_token"))
         self.chat_template = _template_source(model_dir, config)
         self._chat = self._compile(self.chat_template, names, stored["model"])
+        with_tools = _template_with_tools(model_dir, config)
+        self._chat_with_tools = (
+            self._compile(with_tools, names, stored["model"]) if with_tools else self._chat
+        )
         self._check_fits(_read_json(model_dir / "config.json").get("vocab_size"), stored["model"])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -103,11 +107,12 @@ class HFTokenizer:
         continue_final_message: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> list[int]:
-        if self._chat is None:
+        chat = self._chat if tools is None else self._chat_with_tools
+        if chat is None:
             raise InvalidRequestError(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
-        template, encoder = self._chat
+        template, encoder = chat
         prompt = template.render(
             messages,
             tools=tools,
@@ -172,8 +177,8 @@ class HFTokenizer:
             )
         beyond = {i: token for i, token in sorted(self._added.items()) if i >= vocab_size}
         needed = set(map(self._added.get, self.encode("")))
-        if self._chat is not None:
-            needed |= self._chat[1].tokens.written
+        for _, encoder in filter(None, (self._chat, self._chat_with_tools)):
+            needed |= encoder.tokens.written
         for token_id, token in beyond.items():
             if token in needed:
                 raise ConfigError(
@@ -250,7 +255,7 @@ def _piece_decoder(stored: Mapping[str, Any], path: Path) -> Any:
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
 
@@ -268,6 +273,12 @@ def _byte_level_alphabet() -> dict[str, int]:
 def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
     path = model_dir / "chat_template.jinja"
     return template_of(config, _text(path) if path.is_file() else None)
+
+
+def _template_with_tools(model_dir: Path, config: Mapping[str, Any]) -> str | None:
+    """The source of the template that is for requests with tools, where a model has two."""
+    path = model_dir / "additional_chat_templates" / "tool_use.jinja"
+    return template_of(config, _text(path) if path.is_file() else None, "tool_use")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skipllm_core.chat_template import ChatTemplate
 from skipllm_core.control_tokens import ControlTokens
@@ -142,6 +142,54 @@ def test_the_last_text_part_is_the_one_that_is_continued(pairs: Callable[[str], 
     assert ours.encode_chat(chat, continue_final_message=True) == expected
     with pytest.raises(InvalidRequestError, match="has no text"):
         ours.encode_chat([user("x"), assistant(None)], continue_final_message=True)
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_a_template_of_its_own_for_tools_is_used_with_tools(
+    tmp_path: Path, pairs: Callable[[str], Pair], in_config: bool
+) -> None:
+    theirs = pairs("qwen3")[1]
+    single = theirs.chat_template
+    theirs.chat_template = {"default": CHATML, "tool_use": QWEN3}
+    theirs.save_pretrained(tmp_path)
+    theirs.chat_template = single
+    if in_config:  # as older exports have it
+        (tmp_path / "chat_template.jinja").unlink()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").unlink()
+        path = tmp_path / "tokenizer_config.json"
+        named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": QWEN3}]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
+    ours, reference = HFTokenizer(tmp_path), _theirs(tmp_path)
+    assert ours.chat_template == CHATML
+    for tools in (None, weather()):
+        chat = TOOLS["arguments"]
+        expected = reference.apply_chat_template(chat, tools=tools, add_generation_prompt=True)
+        assert ours.encode_chat(chat, tools=tools) == expected["input_ids"]
+
+
+def test_tokens_that_take_the_spaces_beside_them_take_them_in_chats_too(tmp_path: Path) -> None:
+    tokenizer = byte_level(["<|end|>"])
+    tokenizer.add_special_tokens(
+        [AddedToken("<|user|>", rstrip=True), AddedToken("<|assistant|>", lstrip=True)]
+    )
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }} <|end|>\n {% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template
+    ).save_pretrained(tmp_path)
+    chat = [user(" <|user|>  a "), assistant(" b <|end|> ")]
+    ours, theirs = HFTokenizer(tmp_path), _theirs(tmp_path)
+    assert "<|user|>  a" in ours.decode(ours.encode_chat(chat))
+    chat = [user(" a "), assistant(" b ")]
+    assert ours.encode_chat(chat) == theirs.apply_chat_template(chat)["input_ids"]
+
+
+def test_a_role_that_is_none_writes_no_token(tmp_path: Path) -> None:
+    byte_level(["<|end|>", "<|user|>", "<|tutor|>"]).save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ours = HFTokenizer(tmp_path)
+    assert list(map(ours.is_special, ours.encode_chat([user("a")]))) == [True, False]
+    assert not any(map(ours.is_special, ours.encode_chat([{"role": "tutor", "content": "a"}])))
 
 
 # Whoever writes a control token, and wherever. ----------------------------------------------------
