@@ -30,6 +30,7 @@ CLIENT_LEFT = 499  # as nginx calls it; no client sees it, the metrics do
 _MEASURED: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/v1/responses": "responses",
 }
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CLOSE = {"connection": "close"}  # the rest of the request is not worth reading
