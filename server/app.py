@@ -19,7 +19,7 @@ from server.openapi import describe
 from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
 from server.response_store import ResponseStore
-from server.routes import chat, completions, docs, models, ops, responses, tokenize
+from server.routes import chat, completions, docs, messages, models, ops, responses, tokenize
 from server.service import Service
 from server.sse import leave_draining_to_us
 from server.tolerance import Tolerance
@@ -90,7 +90,7 @@ def build_app(
         version=app.version,
         created=int(time.time()),
     )
-    for routes in (chat, completions, responses, models, tokenize, ops, docs):
+    for routes in (chat, completions, responses, messages, models, tokenize, ops, docs):
         app.include_router(routes.router)
     # The one added last is the first that a request meets.
     app.add_middleware(Guard, api_keys=api_keys, limits=limits or Limits(), metrics=metrics)

@@ -17,6 +17,7 @@ from tests.server.test_connections import until
 USER = {"role": "user", "content": "hi"}
 ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"messages": [USER]}),
+    "messages": ("/v1/messages", {"messages": [USER], "max_tokens": 3000}),
     "responses": ("/v1/responses", {"input": [USER]}),
 }
 
@@ -102,6 +103,22 @@ async def test_a_stream_that_outlasts_the_drain_ends_with_the_endpoints_own_erro
             {"input": [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 10**5}]},
         ),
         ("/v1/responses", {"input": "x", "metadata": {str(i): "" for i in range(10**5)}}),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [
+                {"role": "user", "content": [{"type": "text", "text": ""}] * 8192}
+            ]},
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [{"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "x", "content": [{}] * 10**5}
+            ]}]},
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [USER], "system": [{"type": "text"}] * 10**5},
+        ),
     ],
 )  # fmt: skip
 async def test_many_parts_do_not_hold_the_event_loop(

@@ -44,6 +44,8 @@ OPERATIONS = [
     ("GET", "/v1/responses/{response_id}"),
     ("GET", "/v1/responses/{response_id}/input_items"),
     ("DELETE", "/v1/responses/{response_id}"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/models"),
@@ -94,7 +96,8 @@ def thinned(body: dict[str, Any], num_options: int) -> dict[str, Any]:
         name for name in ("prompt", "messages", "tokens", "content", "input") if body.get(name)
     ]
     options = [name for name in body if name not in subjects][:num_options]
-    return {name: body[name] for name in subjects[:1] + options}
+    needed = [name for name in ("max_tokens",) if name in body]  # by some
+    return {name: body[name] for name in subjects[:1] + needed + options}
 
 
 def check(url: str, schema: Any, method: str, path: str, mode: GenerationMode, num: int) -> None:
