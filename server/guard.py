@@ -77,6 +77,7 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _first_values(scope)
         request_id = _request_id(headers)
+        path = get_route_path(scope)  # as the router sees it
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
@@ -85,11 +86,10 @@ class Guard:
                 status = message["status"]
                 answer_headers = MutableHeaders(scope=message)
                 answer_headers["x-request-id"] = request_id
-                if is_anthropics(scope["path"]):
+                if is_anthropics(path):
                     answer_headers["request-id"] = request_id  # where Anthropic's client looks
             await send(message)
 
-        path = get_route_path(scope)  # as the router sees it
         endpoint = _MEASURED.get(path)
         recorder = None if endpoint is None else self._metrics.request(endpoint, request_id)
         state = scope.setdefault("state", {})
@@ -109,7 +109,7 @@ class Guard:
                 reply = reply_to(error)
                 if recorder is not None:
                     recorder.finished(reply.status, error=reply.message)
-                response = error_response(reply, scope["path"], request_id)
+                response = error_response(reply, path, request_id)
                 await response(scope, receive, send_with_id)
             # Else the stream just ends, and the server closes the connection.
         finally:

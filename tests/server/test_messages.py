@@ -307,6 +307,15 @@ async def test_every_failure_on_its_paths_is_anthropics_error() -> None:
     assert down.headers["retry-after"]
 
 
+async def test_errors_are_anthropics_below_a_prefix_too() -> None:
+    async with running(root_path="/llm") as server:
+        for path in ("/llm/v1/messages/", "/v1/messages/", "/llm/v1/messages/nowhere"):
+            reply = await server.http.get(path)
+            MessagesError.model_validate(reply.json())
+            assert reply.headers["request-id"]
+        assert "type" not in (await server.http.get("/llm/v1/messages_of_all")).json()
+
+
 async def test_a_prompt_without_room_is_told_in_anthropics_words(server: Server) -> None:
     body = {"messages": [{"role": "user", "content": "x" * 120}], "max_tokens": 3}
     reply = await server.post("/v1/messages", body)
