@@ -18,7 +18,8 @@ from server.metrics import Metrics
 from server.openapi import describe
 from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
-from server.routes import chat, completions, docs, models, ops, tokenize
+from server.response_store import ResponseStore
+from server.routes import chat, completions, docs, messages, models, ops, responses, tokenize
 from server.service import Service
 from server.sse import leave_draining_to_us
 from server.tolerance import Tolerance
@@ -39,6 +40,8 @@ def build_app(
     sampling_defaults: SamplingDefaults | None = None,
     api_keys: Sequence[str] = (),
     strict_params: bool = False,
+    responses_store_size: int = 1000,
+    responses_store_memory: int = 64 * 2**20,
     limits: Limits | None = None,
     model_aliases: Sequence[str] = (),
     cross_origin: CrossOrigin | None = None,
@@ -81,10 +84,13 @@ def build_app(
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         skip_defaults=skip_defaults or SkipDefaults(),
         skip_profile=skip_profile,
+        responses=ResponseStore(
+            max_responses=responses_store_size, max_bytes=responses_store_memory
+        ),
         version=app.version,
         created=int(time.time()),
     )
-    for routes in (chat, completions, models, tokenize, ops, docs):
+    for routes in (chat, completions, responses, messages, models, tokenize, ops, docs):
         app.include_router(routes.router)
     # The one added last is the first that a request meets.
     app.add_middleware(Guard, api_keys=api_keys, limits=limits or Limits(), metrics=metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import itertools
 import re
 import uuid
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.error_forms import error_response, is_anthropics
 from server.errors import ClientDisconnectedError, HTTPError, log_failure, reply_to
 from server.metrics import Endpoint, Metrics
 
@@ -30,6 +32,8 @@ CLIENT_LEFT = 499  # as nginx calls it; no client sees it, the metrics do
 _MEASURED: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/v1/messages": "messages",
+    "/v1/responses": "responses",
 }
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CLOSE = {"connection": "close"}  # the rest of the request is not worth reading
@@ -50,7 +54,8 @@ class Guard:
     """ASGI middleware that lets only bounded, authorised requests through.
 
     The body has been read when the application starts, so `receive` then only tells that the
-    client has left. Leaves the request's recorder in `state.recorder`, where it is measured.
+    client has left. Leaves the request's recorder in `state.recorder`, where it is measured, and
+    its id in `state.request_id`.
     """
 
     def __init__(
@@ -72,20 +77,24 @@ class Guard:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _first_values(scope)
         request_id = _request_id(headers)
+        path = get_route_path(scope)  # as the router sees it
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["x-request-id"] = request_id
+                if is_anthropics(path):
+                    answer_headers["request-id"] = request_id  # where Anthropic's client looks
             await send(message)
 
-        path = get_route_path(scope)  # as the router sees it
         endpoint = _MEASURED.get(path)
         recorder = None if endpoint is None else self._metrics.request(endpoint, request_id)
         state = scope.setdefault("state", {})
         state["recorder"] = recorder
+        state["request_id"] = request_id
         try:
             self._check_key(path, headers)
             self._check_size(scope)
@@ -100,7 +109,8 @@ class Guard:
                 reply = reply_to(error)
                 if recorder is not None:
                     recorder.finished(reply.status, error=reply.message)
-                await reply.response()(scope, receive, send_with_id)
+                response = error_response(reply, path, request_id)
+                await response(scope, receive, send_with_id)
             # Else the stream just ends, and the server closes the connection.
         finally:
             if recorder is not None:
@@ -110,9 +120,11 @@ class Guard:
         if not self._key_digests or path in PUBLIC_PATHS:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = _digest(key)
-        matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
-        if scheme.lower() != b"bearer" or not any(matches):
+        given = [key] if scheme.lower() == b"bearer" else []
+        given += [headers[b"x-api-key"]] if b"x-api-key" in headers else []
+        pairs = itertools.product(map(_digest, given), self._key_digests)
+        matches = [hmac.compare_digest(digest, known) for digest, known in pairs]
+        if not any(matches):
             raise HTTPError(
                 401,
                 "Incorrect API key provided",

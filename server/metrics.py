@@ -19,7 +19,7 @@ from skipllm_core.types import FinishReason, SeqOutput, SkipUsage, StepKind, Ste
 
 logger = logging.getLogger(__name__)
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "responses", "messages"]
 FinishLabel = FinishReason | Literal["none"]  # none: the request never reached the engine
 
 # Fine enough to tell two fast GPUs apart: one millisecond is a whole decode step there.

@@ -16,7 +16,8 @@ from starlette.responses import Response
 
 from server.protocol.schemas import Error
 
-SCHEME = "key"  # the security scheme's name
+# The security schemes' names: OpenAI's way to send a key, and Anthropic's.
+SCHEME, SECOND_SCHEME = "key", "x-api-key"
 
 _ERRORS = {
     400: "The request is malformed, contradicts itself, or asks for what is not supported.",
@@ -38,7 +39,8 @@ _REQUEST_ID = {"description": "The request's id, as the log has it.", "schema": 
 _SECONDS = {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}
 _DESCRIPTION = (
     "An OpenAI-compatible server whose decode steps skip feed-forward blocks. Every error is "
-    "OpenAI's error object, on unknown URLs (404) and wrong methods (405), too. HEAD is answered "
+    "OpenAI's error object, on unknown URLs (404) and wrong methods (405), too; below /v1/messages "
+    "it is Anthropic's. HEAD is answered "
     "wherever GET is; a trailing slash changes nothing."
 )
 _REFS = "#/components/schemas/{model}"
@@ -97,7 +99,8 @@ def _document(app: FastAPI, public_paths: Collection[str], *, needs_key: bool) -
     for name in ("HTTPValidationError", "ValidationError"):  # of the 422 that is never sent
         schemas.pop(name, None)
     scheme = {"type": "http", "scheme": "bearer", "description": "One of the keys of --api-key."}
-    components["securitySchemes"] = {SCHEME: scheme}
+    second = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."}
+    components["securitySchemes"] = {SCHEME: scheme, SECOND_SCHEME: second}
     for path, operations in document["paths"].items():
         is_public = path in public_paths
         for method, operation in operations.items():
@@ -108,7 +111,8 @@ def _document(app: FastAPI, public_paths: Collection[str], *, needs_key: bool) -
             if not is_public:
                 statuses.append(401)
                 # Without keys every request may pass, one that bears a key as well.
-                operation["security"] = [{SCHEME: []}] if needs_key else [{}, {SCHEME: []}]
+                schemes: list[dict[str, Any]] = [{SCHEME: []}, {SECOND_SCHEME: []}]
+                operation["security"] = schemes if needs_key else [{}, *schemes]
             for status in statuses:
                 reply = {"description": _ERRORS[status], "content": of_error}
                 responses.setdefault(str(status), reply)

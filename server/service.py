@@ -11,6 +11,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
+from server.response_store import ResponseStore
 from skipllm_core.client import EngineClient
 from skipllm_core.errors import ContextLengthError
 from skipllm_core.skip.profile import SkipProfile
@@ -32,6 +33,7 @@ class Service:
     sampling_defaults: SamplingDefaults
     skip_defaults: SkipDefaults
     skip_profile: SkipProfile | None
+    responses: ResponseStore
     version: str
     created: int  # seconds since the epoch; the model card's, the same in every answer
 

@@ -251,6 +251,16 @@ class Settings(BaseModel):
     ssl_keyfile: Path | None = _setting(
         "Server", None, "The certificate's key, in PEM; by default, in the certificate's file."
     )
+    responses_store_size: int = _setting(
+        "Server",
+        1000,
+        "How many answers of /v1/responses are kept in memory, to be continued by their ids; "
+        "the least recently used go first; 0: none.",
+        ge=0,
+    )
+    responses_store_memory: ByteSize = _setting(
+        "Server", "64MiB", "How much memory they may take.", ge=0, validate_default=True
+    )
     shutdown_timeout: float = _setting(
         "Server", 30.0, "Seconds that running requests have to finish after SIGTERM.", ge=0, le=3600
     )

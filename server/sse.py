@@ -20,6 +20,10 @@ def event(content: object) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
+def named_event(name: str, content: object) -> bytes:
+    return b"event: " + name.encode() + b"\n" + event(content)
+
+
 def event_stream(events: AsyncIterator[bytes], background: BackgroundTask) -> EventSourceResponse:
     return EventSourceResponse(
         events,

@@ -146,6 +146,8 @@ async def _serve(
         strict_params=settings.strict_params,
         cross_origin=_cross_origin(settings),
         root_path=settings.root_path or "",
+        responses_store_size=settings.responses_store_size,
+        responses_store_memory=settings.responses_store_memory,
     )
     http = _HTTPServer(
         uvicorn.Config(

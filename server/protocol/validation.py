@@ -20,6 +20,7 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "schema_type": "a JSON Schema as an object",
+    "input_type": "a string, or an array of items",
     "prompt_type": "a string, an array of strings, or arrays of token ids",
 }
 _GOT = {
@@ -45,7 +46,7 @@ def first_fault(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     error = errors[0]
     context = error.get("ctx", {})
     kind = error["type"]
-    param = _path(error["loc"]) + str(context.get("path", ""))
+    param = path_of(error["loc"][1:]).removeprefix(".") + str(context.get("path", ""))
     got = context["got"] if "got" in context else error.get("input")
     if kind == "json_invalid" or (kind == "missing" and not param):
         return InvalidRequestError(MALFORMED_JSON)
@@ -75,6 +76,12 @@ def _other_fault(
             return unknown(param)
         case "unsupported":
             return unsupported(param)
+        case "unsupported_value":
+            message = (
+                f"Invalid '{param}': {_glimpse(got)} is not supported by this server. "
+                f"Supported values are: {context['expected']}."
+            )
+            return _fault(param, message, kind)
         case "content_type":
             message = f"Invalid content type: {_glimpse(got)}. This model reads text only."
         case "token_id":
@@ -135,10 +142,9 @@ def _wrong_length(param: str, kind: str, context: Mapping[str, Any]) -> InvalidR
     return _fault(param, message, f"{thing}_above_max_length")
 
 
-def _path(loc: Sequence[str | int]) -> str:
-    """`("body", "messages", 0, "role")` as `messages[0].role`."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in loc[1:]]
-    return "".join(parts).removeprefix(".")
+def path_of(loc: Sequence[str | int]) -> str:
+    """`("messages", 0, "role")` as `.messages[0].role`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in loc)
 
 
 def _glimpse(value: object) -> str:

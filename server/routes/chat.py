@@ -37,7 +37,11 @@ router = StrictRouter()
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation, in one or, with `stream`, as it is generated."""
     service: Service = request.app.state.service
-    prompt_ids, generation = await begin_chat(service, request, body)
+    try:
+        prompt_ids, generation = await begin_chat(service, request, body)
+    except ContextLengthError as error:
+        message = error.message_for("messages")
+        raise HTTPError(400, message, param="messages", code=error.code) from None
     form = ChatForm(service, body, prompt_ids, generation)
     return await answer(request, generation, form, stream=bool(body.stream))
 
@@ -45,15 +49,12 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 async def begin_chat(
     service: Service, http: Request, body: ChatRequest
 ) -> tuple[list[int], Generation]:
-    """A chat's prompt, and its generation under way. Every endpoint that chats begins here."""
+    """A chat's prompt, and its generation under way. Every endpoint that chats begins here, and
+    words a ContextLengthError itself."""
     refuse_early(service, body)
     constraint = constraint_of(body)
-    try:
-        prompt_ids = await unless_disconnected(http.receive, encode_chat(service, body))
-        return prompt_ids, submit(service, http, body, [prompt_ids], constraint=constraint)
-    except ContextLengthError as error:
-        message = error.message_for("messages")
-        raise HTTPError(400, message, param="messages", code=error.code) from None
+    prompt_ids = await unless_disconnected(http.receive, encode_chat(service, body))
+    return prompt_ids, submit(service, http, body, [prompt_ids], constraint=constraint)
 
 
 async def encode_chat(service: Service, body: ChatRequest) -> list[int]:

@@ -38,6 +38,14 @@ CHECKS = [
 OPERATIONS = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/responses/input_tokens"),
+    ("POST", "/v1/responses/{response_id}/cancel"),
+    ("GET", "/v1/responses/{response_id}"),
+    ("GET", "/v1/responses/{response_id}/input_items"),
+    ("DELETE", "/v1/responses/{response_id}"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/models"),
@@ -49,7 +57,7 @@ OPERATIONS = [
     ("GET", "/version"),
     ("GET", "/server_info"),
 ]
-BODIES = [path for method, path in OPERATIONS if method == "POST"]
+BODIES = [path for method, path in OPERATIONS if method == "POST" and "{" not in path]
 POSITIVE, NEGATIVE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 
@@ -84,9 +92,12 @@ def schema(url: str) -> Any:
 
 def thinned(body: dict[str, Any], num_options: int) -> dict[str, Any]:
     """The body with one subject and few options: all of them together contradict each other."""
-    subjects = [name for name in ("prompt", "messages", "tokens", "content") if body.get(name)]
+    subjects = [
+        name for name in ("prompt", "messages", "tokens", "content", "input") if body.get(name)
+    ]
     options = [name for name in body if name not in subjects][:num_options]
-    return {name: body[name] for name in subjects[:1] + options}
+    needed = [name for name in ("max_tokens",) if name in body]  # by some
+    return {name: body[name] for name in subjects[:1] + needed + options}
 
 
 def check(url: str, schema: Any, method: str, path: str, mode: GenerationMode, num: int) -> None:

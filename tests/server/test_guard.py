@@ -54,7 +54,9 @@ async def test_every_route_but_the_probes_wants_a_key(locked: Server) -> None:
             assert reply.status_code == 200
             continue
         assert reply.status_code == 401, (method, path)
-        if method != "HEAD":
+        if path.startswith("/v1/messages"):
+            assert reply.json()["error"]["type"] == "authentication_error"
+        elif method != "HEAD":
             assert reply.json()["error"] == {
                 "message": "Incorrect API key provided",
                 "type": "invalid_request_error",

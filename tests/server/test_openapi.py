@@ -81,8 +81,9 @@ def test_every_field_of_a_request_is_told_in_a_sentence(document: Any) -> None:
 
 
 def test_errors_are_documented_and_422_is_none_of_them(document: Any) -> None:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for path, method, operation in operations(document):
+        model = "MessagesError" if path.startswith("/v1/messages") else "Error"
+        error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}}}
         responses = operation["responses"]
         assert "422" not in responses
         expected = {"414", "431", "500"} | ({"401"} if path not in PUBLIC_PATHS else set())
@@ -107,14 +108,18 @@ def test_an_answer_is_documented_whole_and_as_events(document: Any, path: str) -
     assert chunk == whole + "Chunk"
 
 
-async def test_a_key_is_a_bearer_token_and_probes_need_none() -> None:
+async def test_a_key_is_a_bearer_token_or_an_x_api_key_and_probes_need_none() -> None:
     async with running(api_keys=["k"]) as server:
         headers = {"authorization": "Bearer k"}
         document = (await server.http.get("/openapi.json", headers=headers)).json()
-    (name,) = document["components"]["securitySchemes"]
-    assert document["components"]["securitySchemes"][name]["scheme"] == "bearer"
+    schemes = document["components"]["securitySchemes"]
+    assert [scheme.get("scheme") or scheme["name"] for scheme in schemes.values()] == [
+        "bearer",
+        "x-api-key",
+    ]
     for path, _, operation in operations(document):
-        assert operation.get("security") == (None if path in PUBLIC_PATHS else [{name: []}])
+        expected = None if path in PUBLIC_PATHS else [{name: []} for name in schemes]
+        assert operation.get("security") == expected
 
 
 def test_without_keys_a_key_is_welcome_and_not_needed(document: Any) -> None:
