@@ -69,6 +69,8 @@ class SkipWish(Wire):
     """Policy `early_exit`: generated tokens after which the exit is at its last layer."""
     trace: bool | None = None
     """Whether chunks bear the layers that their tokens skipped."""
+    prompt: bool | None = None
+    """Whether the prompt's tokens behind its first skip, too, as if they had been generated."""
 
 
 class StreamOptions(Wire):

@@ -45,6 +45,7 @@ class SkipOptions:
     max_skips: int | None = None
     budget_tokens: int | None = None
     trace: bool | None = None
+    prompt: bool | None = None
 
 
 def resolve_skip(
@@ -82,7 +83,7 @@ def resolve_skip(
     if policy == "ffn_skip":
         max_skips = wish.max_skips if wish.max_skips is not None else defaults.max_skips
         amount = replace(amount, max_skips=max_skips)
-    return replace(amount, budget_tokens=wish.budget_tokens, trace=trace)
+    return replace(amount, budget_tokens=wish.budget_tokens, trace=trace, prompt=bool(wish.prompt))
 
 
 def _policy(defaults: SkipDefaults, wish: SkipOptions) -> SkipPolicyName:
