@@ -79,6 +79,10 @@ def test_prompts_are_skipped_where_the_request_wishes_it_and_anything_is() -> No
     assert not resolve().prompt
     assert resolve(prompt=True).prompt
     assert resolve(prompt=True, policy="static", ratio=0.2).prompt
+    always = SkipDefaults(policy="ffn_skip", ratio=0.2, prompt=True)
+    assert resolve(always).prompt
+    assert not resolve(always, prompt=False).prompt
+    assert resolve(always, policy="off") == SkipParams(policy="never")
     assert resolve(prompt=True, policy="off") == SkipParams(policy="never")
     assert resolve(prompt=True, ratio=0.0) == SkipParams(policy="never")
 
