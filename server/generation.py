@@ -30,10 +30,15 @@ class Delta:
     parts: tuple[Part, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()  # of the tokens that are text
-    text_offsets: tuple[int, ...] = ()  # of the same tokens: whole characters before each
+    # Whole characters before each of the same tokens, and before the one that ended the answer.
+    text_offsets: tuple[int, ...] = ()
     skipped_layers: tuple[tuple[int, ...], ...] = ()
     finish_reason: EndReason | None = None
     stopped_by: str | int | None = None  # the stop string or stop token that ended it
+    # With the first delta that is not empty: of the prompt's tokens behind its first.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    # Of the token that ended the answer, which is no text.
+    end_logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
 
     @property
     def text(self) -> str:
@@ -91,6 +96,8 @@ class Choice:
             tuple(layers for part in held for layers in part.skipped_layers),
             "tool_calls" if has_called else output.finish_reason,
             self._detokenizer.stopped_by or held[-1].stop_token_id,
+            tuple(found for part in held for found in part.prompt_logprobs),
+            _logprobs_of_end(output),
         )
 
     def _read(self, output: SeqOutput) -> tuple[list[Part], int]:
@@ -103,6 +110,8 @@ class Choice:
             parts += self._parser.feed(self._detokenizer.add(token_id))
             if self._detokenizer.stopped_by is not None:
                 return parts, position + 1
+        if output.stop_token_id is not None:
+            self._held_offsets.append(self._detokenizer.num_chars)
         return parts, len(output.token_ids)
 
 
@@ -219,6 +228,12 @@ def _cut(output: SeqOutput, num_tokens: int) -> SeqOutput:
 def _logprobs_of_text(output: SeqOutput) -> list[tuple[int, TokenLogprobs]]:
     pairs = list(zip(output.token_ids, output.logprobs, strict=False))
     return pairs[:-1] if output.stop_token_id is not None else pairs
+
+
+def _logprobs_of_end(output: SeqOutput) -> tuple[tuple[int, TokenLogprobs], ...]:
+    if output.stop_token_id is None:
+        return ()
+    return tuple((output.stop_token_id, found) for found in output.logprobs[-1:])
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, SeqOutput]]:

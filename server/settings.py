@@ -198,6 +198,12 @@ class Settings(BaseModel):
         "Skipping", None, "FFN blocks that one token may skip at most; by default, any number.",
         ge=0,
     )  # fmt: skip
+    skip_prompt: bool = _setting(
+        "Skipping",
+        False,
+        "Skip over prompts, too, behind their first token, as if they had been generated: what a "
+        "benchmark that scores prompts needs to measure skipping. Off by default.",
+    )
     skip_batch: Literal["row_exact", "consensus"] = _setting(
         "Skipping",
         "row_exact",
@@ -344,6 +350,7 @@ class Settings(BaseModel):
             threshold=self.skip_threshold,
             warmup_tokens=self.warmup_tokens,
             max_skips=self.max_skips,
+            prompt=self.skip_prompt,
         )
         try:
             resolve_skip(defaults, profile, None)

@@ -50,6 +50,9 @@ class Sequence:
         if max_model_len is not None:
             self.max_num_tokens = min(self.max_num_tokens, max_model_len)
         self.num_computed_tokens = 0
+        # Of the prompt, the most that was ever computed: what was told of these tokens is not told
+        # again when a preemption has them computed anew.
+        self.num_told_prompt_tokens = 0
         # Output tokens that steps in flight are sampling: the device knows them, token_ids do not
         # yet. They count as computed on, and stand behind the newest of token_ids.
         self.num_pending_tokens = 0
@@ -61,7 +64,7 @@ class Sequence:
         self.num_preemptions = 0
         self.arrival_s = time.monotonic() if arrival_s is None else arrival_s
         self.queue_s: float | None = None  # set when first scheduled
-        self.num_decode_steps = 0
+        self.num_skippable_tokens = 0  # that usage counts: decoded ones, or as if decoded
         self.num_skipped_ffn_blocks = 0
 
     @property
@@ -83,14 +86,25 @@ class Sequence:
         return num_tokens > self.num_prompt_tokens and self.num_computed_tokens == num_tokens - 1
 
     @property
+    def is_prompt_only(self) -> bool:
+        """Whether nothing is generated behind the prompt."""
+        return self.params.max_tokens == 0
+
+    @property
     def is_at_its_end(self) -> bool:
         """Whether the steps in flight sample its last token, whatever that will be."""
         return len(self.token_ids) + self.num_pending_tokens >= self.max_num_tokens
 
     @property
+    def num_given_tokens(self) -> int:
+        """Tokens at the start that count as the prompt where skipping is decided; those behind
+        them are generated, or computed as if they had been."""
+        return 1 if self.skip.prompt else self.num_prompt_tokens
+
+    @property
     def is_warming_up(self) -> bool:
         """Whether the token generated next falls into the warm-up, and so is decoded in full."""
-        return self.num_output_tokens < self.skip.warmup_tokens
+        return self.num_tokens - self.num_given_tokens < self.skip.warmup_tokens
 
     @property
     def awaits_mask(self) -> bool:
@@ -102,13 +116,27 @@ class Sequence:
     @property
     def has_exact_prompt(self) -> bool:
         """Whether K and V of the prompt are the full model's, and may be shared."""
-        return self.skip.policy != "layer_drop"
+        return self.skip.policy == "never" or not (
+            self.skip.prompt or self.skip.policy == "layer_drop"
+        )
+
+    @property
+    def num_findable_tokens(self) -> int:
+        """Tokens at the start of the prompt that need not be computed where the prefix cache has
+        them. The last is computed to sample from, and in a prompt that is scored every token whose
+        successor's log-probability has not been told."""
+        if not self.has_exact_prompt:
+            return 0
+        most = self.num_prompt_tokens - 1
+        if self.params.prompt_logprobs is not None:
+            most = min(most, self.num_told_prompt_tokens)
+        return most
 
     def skip_usage(self, num_layers: int) -> SkipUsage:
         return SkipUsage(
             skipped_ffn_blocks=self.num_skipped_ffn_blocks,
-            total_ffn_blocks=self.num_decode_steps * num_layers,
-            warmup_tokens=min(self.num_output_tokens, self.skip.warmup_tokens)
+            total_ffn_blocks=self.num_skippable_tokens * num_layers,
+            warmup_tokens=min(self.num_tokens - self.num_given_tokens, self.skip.warmup_tokens)
             if self.skip.policy != "never"
             else 0,
         )

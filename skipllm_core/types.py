@@ -18,7 +18,10 @@ class SkipParams:
 
     Skippable layers are `cold_start <= layer < cold_end`; the rest always run. The first
     `warmup_tokens` generated tokens (the one sampled from the prompt included) come from the full
-    model. Under `ffn_skip` a row triggers at the first skippable layer whose cos(h, h + FFN(h)) >=
+    model. With `prompt`, the prompt's tokens behind its first are computed as if they had been
+    generated: by the same rules, and the warm-up counts from them on.
+
+    Under `ffn_skip` a row triggers at the first skippable layer whose cos(h, h + FFN(h)) >=
     `threshold`, and skips from the next layer on; `max_skips` bounds the FFN blocks that one token
     may skip. The fields below `trace` are those of the policies in `skip.baselines`.
     """
@@ -30,17 +33,18 @@ class SkipParams:
     cold_end: int = 0
     max_skips: int | None = None
     trace: bool = False
+    prompt: bool = False
     layers: tuple[int, ...] = ()  # static, layer_drop: what is skipped
     probability: float = 0.0  # random: of each skippable layer
     first_exit: int = 0  # early_exit: how many layers the first token runs; the last, cold_start
-    budget_tokens: int | None = None  # early_exit: when the last is reached; None: max_tokens
+    budget_tokens: int | None = None  # early_exit: when the last is reached; None: at the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one sequence is generated. Every field is final: defaults were resolved at the edge."""
 
-    max_tokens: int
+    max_tokens: int  # 0: the prompt is computed, and nothing is generated
     min_tokens: int = 0
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -52,6 +56,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0  # always set; a request without one was given a random one
     logprobs: int | None = None  # how many top alternatives; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens behind its first
     stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids included unless ignore_eos
     # What the whole answer has to follow: a grammar of llguidance's, in Lark or as its JSON.
     grammar: str | None = None
@@ -64,18 +69,20 @@ class TokenLogprobs:
     """Natural-log probabilities at one position, of the model's own distribution (before
     temperature and penalties), as OpenAI reports them."""
 
-    logprob: float  # of the sampled token
-    top_ids: tuple[int, ...]  # best first, `SamplingParams.logprobs` of them
+    logprob: float  # of the token that stands there
+    top_ids: tuple[int, ...]  # best first, as many as `SamplingParams` says
     top_logprobs: tuple[float, ...]
+    rank: int | None = None  # of the token that stands there, 1 the best; told of prompts alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipUsage:
-    """What skipping did to one sequence, counted over its decode steps."""
+    """What skipping did to one sequence, counted over its decode steps and, with `skip.prompt`,
+    the prompt's tokens behind the first."""
 
     skipped_ffn_blocks: int = 0
-    total_ffn_blocks: int = 0  # decode steps x all layers
-    warmup_tokens: int = 0  # generated tokens that fell into the warm-up
+    total_ffn_blocks: int = 0  # tokens counted x all layers
+    warmup_tokens: int = 0  # tokens that fell into the warm-up
 
     @property
     def token_skip_ratio(self) -> float:
@@ -90,13 +97,16 @@ class SeqOutput:
     seq_id: int
     token_ids: tuple[int, ...] = ()  # a stop token included: it was generated, and counts
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token when asked for
+    # When asked for, one per prompt token behind the first, in their order: those that this step
+    # computed. All of them come before or with the first token.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     skipped_layers: tuple[tuple[int, ...], ...] = ()  # one per token when traced
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
     error: str | None = None  # with finish_reason "error"
     is_request_fault: bool = False  # the error is one of the request's grammar
-    queue_s: float | None = None  # with the first output: arrival to first scheduling
-    num_cached_tokens: int | None = None  # with the first output: prompt tokens not computed
+    queue_s: float | None = None  # with the prompt's end: arrival to first scheduling
+    num_cached_tokens: int | None = None  # with the prompt's end: those of it not computed
     skip_usage: SkipUsage | None = None  # so far: a reader may end the sequence at a stop string
     num_preemptions: int = 0  # with the last output
 
@@ -117,8 +127,10 @@ class StepStats:
     num_preemptions: int = 0
     num_prefix_cache_queries: int = 0  # prompt tokens of the sequences that this step admitted,
     num_prefix_cache_hits: int = 0  # and how many of them were in the prefix cache
-    ffn_computed: tuple[int, ...] = ()  # per layer: rows of this decode step that ran the FFN
-    ffn_skipped: tuple[int, ...] = ()  # per layer: rows that skipped it
+    # Per layer: tokens of this step that ran the FFN. Counted are those of a decode step, and
+    # prompt tokens under `skip.prompt`.
+    ffn_computed: tuple[int, ...] = ()
+    ffn_skipped: tuple[int, ...] = ()  # per layer: tokens that skipped it
     ffn_weight_reads: int = 0  # layers whose FFN weights were read by this decode step
     ffn_weight_reads_avoided: int = 0  # layers that every row skipped
 

@@ -11,11 +11,17 @@ from weakref import WeakKeyDictionary
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
-from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
+from skipllm_core.engine.runner import (
+    Batch,
+    PromptSkips,
+    RowResult,
+    ScheduledSeq,
+    StepResult,
+)
 from skipllm_core.errors import ConfigError
 from skipllm_core.sequence import Sequence
 from skipllm_core.tokenizer import Tokenizer
-from skipllm_core.types import SkipPolicyName
+from skipllm_core.types import SkipPolicyName, TokenLogprobs
 
 NextToken = Callable[[Sequence], int]
 
@@ -33,7 +39,8 @@ class FakeRunner:
     that is missing, stale, or another prompt's fails the step.
 
     Skips as told: after the warm-up, every decode step of a sequence whose policy is not `never`
-    skips the last `num_skipped` layers of its skippable region. `fail` may raise, sleep or look.
+    skips the last `num_skipped` layers of its skippable region, and so does what counts as decoded.
+    A prompt's log-probabilities are `prompt_logprob`. `fail` may raise, sleep or look.
     """
 
     def __init__(
@@ -85,21 +92,53 @@ class FakeRunner:
             self._cache[seq.block_table[i // self.block_size]][i % self.block_size] = content[i]
         found = [cell for block in seq.block_table for cell in self._cache[block]]
         assert found[:end] == content[:end], "a corrupt KV cache"
-        if not row.samples:
-            return RowResult(None)
         skipped: tuple[int, ...] = ()
-        if batch.kind == "decode" and seq.skip.policy != "never" and not seq.is_warming_up:
-            skipped = tuple(range(seq.skip.cold_start, seq.skip.cold_end))[-self._num_skipped :]
-        return RowResult(self._next_token(seq), skipped_layers=skipped)
+        is_decode = batch.kind == "decode"
+        if is_decode and seq.skip.policy != "never" and not seq.is_warming_up:
+            skipped = self._skipped(seq)
+        return RowResult(
+            self._next_token(seq) if row.samples else None,
+            skipped_layers=skipped,
+            prompt_logprobs=() if is_decode else _prompt_logprobs(row),
+            prompt_skips=self._prompt_skips(row) if seq.skip.prompt and not is_decode else None,
+        )
+
+    def _skipped(self, seq: Sequence) -> tuple[int, ...]:
+        return tuple(range(seq.skip.cold_start, seq.skip.cold_end))[-self._num_skipped :]
+
+    def _prompt_skips(self, row: ScheduledSeq) -> PromptSkips:
+        seq = row.seq
+        positions = [position for position in row.new_prompt_tokens if position]
+        num_skipping = sum(position >= max(1, seq.skip.warmup_tokens) for position in positions)
+        skipped = self._skipped(seq)
+        return PromptSkips(
+            len(positions),
+            tuple(num_skipping * (layer in skipped) for layer in range(self.num_layers)),
+        )
 
     def _content(self, seq: Sequence) -> list[int]:
         """What the cache has to hold of the sequence's tokens."""
         content = self._contents.setdefault(seq, [])
         warmup_tokens = max(1, seq.skip.warmup_tokens)
         for i in range(len(content), seq.num_tokens):
-            can_skip = seq.skip.policy != "never" and i - seq.num_prompt_tokens + 1 >= warmup_tokens
+            can_skip = seq.skip.policy != "never" and i - seq.num_given_tokens + 1 >= warmup_tokens
             content.append(hash((content[i - 1] if i else 0, seq.token_ids[i], can_skip)))
         return content
+
+
+def prompt_logprob(position: int, token_id: int, num_top: int) -> TokenLogprobs:
+    """Of the prompt token there: the second best, behind token 7."""
+    tops = [(7, -0.25), (token_id, -position / 4), (300, -30.0)][:num_top]
+    ids, values = zip(*tops, strict=True) if tops else ((), ())
+    return TokenLogprobs(-position / 4, ids, values, rank=2)
+
+
+def _prompt_logprobs(row: ScheduledSeq) -> tuple[TokenLogprobs, ...]:
+    seq, num_top = row.seq, row.seq.params.prompt_logprobs
+    if num_top is None:
+        return ()
+    following = [p + 1 for p in row.new_prompt_tokens if p + 1 < seq.num_prompt_tokens]
+    return tuple(prompt_logprob(p, seq.token_ids[p], num_top) for p in following)
 
 
 def fake_engine(

@@ -91,6 +91,11 @@ def profile_to(max_ratio: float) -> SkipProfile:
             0.35,
             SkipDefaults(policy="ffn_skip", ratio=0.25, warmup_tokens=3),
         ),
+        (
+            Settings(skip_prompt=True),
+            0.35,
+            SkipDefaults(policy="ffn_skip", ratio=0.25, prompt=True),
+        ),
         (Settings(min_agreement=0.96), 0.4, SkipDefaults(policy="ffn_skip", ratio=0.2)),
         (Settings(min_agreement=0.95), 0.4, SkipDefaults(policy="ffn_skip", ratio=0.4)),
         (Settings(skip_policy="static"), 0.4, SkipDefaults(policy="static", ratio=0.25)),

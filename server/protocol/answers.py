@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from server.parts import Usage
+from skipllm_core.detokenizer import Detokenizer
 from skipllm_core.tokenizer import Tokenizer
 from skipllm_core.types import SkipUsage, TokenLogprobs
 
@@ -68,23 +69,64 @@ def chat_logprobs(
 
 def completion_logprobs(
     tokenizer: Tokenizer,
-    tokens: Sequence[tuple[int, TokenLogprobs]],
+    tokens: Sequence[tuple[int, TokenLogprobs | None]],
     text_offsets: Sequence[int],
+    num_top: int,
 ) -> dict[str, Any]:
     """The legacy object. A token's offset counts the whole characters before it: tokens that are
-    parts of one character share theirs."""
-    texts, top_logprobs = [], []
+    parts of one character share theirs. Nothing is known of a prompt's first token."""
+    texts: list[str] = []
+    logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
     for token_id, found in tokens:
         text = token_text(tokenizer, token_id)
         texts.append(text)
-        top = {token_text(tokenizer, i): max(value, _LOWEST_LOGPROB) for i, value in _top(found)}
+        if found is None:
+            logprobs.append(None)
+            top_logprobs.append(None)
+            continue
+        logprobs.append(max(found.logprob, _LOWEST_LOGPROB))
+        best = list(_top(found))[:num_top]
+        top = {token_text(tokenizer, i): max(value, _LOWEST_LOGPROB) for i, value in best}
         top_logprobs.append(top | {text: max(found.logprob, _LOWEST_LOGPROB)})
     return {
         "tokens": texts,
-        "token_logprobs": [max(found.logprob, _LOWEST_LOGPROB) for _, found in tokens],
+        "token_logprobs": logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": list(text_offsets),
     }
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], found: Sequence[TokenLogprobs], num_top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's object: for each token of the prompt but the first, of which nothing is known, the
+    token itself and the `num_top` best, by their ids."""
+
+    def entry(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        logprob = max(logprob, _LOWEST_LOGPROB)
+        return {
+            "logprob": logprob, "rank": rank, "decoded_token": token_text(tokenizer, token_id),
+        }  # fmt: skip
+
+    entries: list[dict[str, Any] | None] = [None]
+    for token_id, scored in zip(token_ids[1:], found, strict=True):
+        best = list(_top(scored))[:num_top]
+        top = {str(i): entry(i, value, rank) for rank, (i, value) in enumerate(best, 1)}
+        entries.append({str(token_id): entry(token_id, scored.logprob, scored.rank)} | top)
+    return entries
+
+
+def echo_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], echoed: str) -> list[int]:
+    """Where in the prompt's echoed text its tokens begin. Those that were put before the text (a
+    begin of sequence, a space) begin with it."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    text, offsets = "", []
+    for token_id in token_ids:
+        offsets.append(detokenizer.num_chars)
+        text += detokenizer.add(token_id)
+    num_added = len(text) - len(echoed) if text.endswith(echoed) else 0
+    return [min(max(0, offset - num_added), len(echoed)) for offset in offsets]
 
 
 def _top(found: TokenLogprobs) -> Iterable[tuple[int, float]]:

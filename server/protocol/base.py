@@ -22,6 +22,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _none_if_false(value: Any) -> Any:
+    return None if value is False else value
+
+
 def _logit_bias(value: Any) -> Any:
     """A JSON object of token ids, which are strings there, as pairs."""
     if value is None:
@@ -69,6 +73,8 @@ class SkipWish(Wire):
     """Policy `early_exit`: generated tokens after which the exit is at its last layer."""
     trace: bool | None = None
     """Whether chunks bear the layers that their tokens skipped."""
+    prompt: bool | None = None
+    """Whether the prompt's tokens behind its first skip, too, as if they had been generated."""
 
 
 class StreamOptions(Wire):
@@ -145,6 +151,11 @@ class GenerationRequest(Wire):
     """A JSON schema of the answer, as llama.cpp takes it."""
     grammar: str | None = None
     """A grammar of the answer in GBNF, as llama.cpp takes it."""
+
+    prompt_logprobs: Annotated[
+        int | None, Field(ge=0, le=20), BeforeValidator(_none_if_false, int | None)
+    ] = None
+    """How many of the likeliest tokens to tell at each place of the prompt, besides its own."""
 
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of the prompt to use: its last ones, or see truncation_side."""

@@ -50,6 +50,8 @@ class CompletionRequest(GenerationRequest):
         list[Any], BeforeValidator(_prompts, str | list[str] | list[int] | list[list[int]])
     ]
     """A text, an array of texts, token ids, or an array of arrays of token ids."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Most tokens to generate; 0, for the prompt alone, with `echo` or `prompt_logprobs`."""
     add_special_tokens: bool | None = None
     """Whether tokens as the begin of a sequence are added to a text; they are by default."""
     echo: bool | None = None

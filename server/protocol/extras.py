@@ -55,7 +55,6 @@ REFUSED: Mapping[str, Neutral] = {
     "logprob_token_ids": _NO,
     "priority": (0,),
     "prompt_embeds": _NO,
-    "prompt_logprobs": (False,),
     "repetition_detection": _NO,
     "return_prompt_text": _NO,
     "return_tokens_as_token_ids": _NO,

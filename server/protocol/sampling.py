@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from skipllm_core.types import EngineInfo, SamplingParams, SkipParams
 logger = logging.getLogger(__name__)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat fills the context
+MAX_PROMPT_LOGPROBS = 2**18  # of one request: some 20 MB of JSON
 
 
 class SamplingDefaults(Wire):
@@ -75,12 +76,12 @@ def to_sampling_params(
 ) -> SamplingParams:
     """The parameters of a request's first choice. Raises InvalidRequestError, and
     ContextLengthError for a prompt that leaves no room."""
+    max_tokens = _max_tokens(request)
     room = info.max_model_len - num_prompt_tokens
-    if room < 1:
+    if room < (max_tokens != 0):
         raise ContextLengthError(
             max_model_len=info.max_model_len, num_prompt_tokens=num_prompt_tokens
         )
-    max_tokens = _max_tokens(request)
     min_tokens = request.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequestError(
@@ -89,7 +90,7 @@ def to_sampling_params(
             param="min_tokens",
             code="invalid_value",
         )
-    max_tokens = min(max_tokens or room, room)
+    max_tokens = room if max_tokens is None else min(max_tokens, room)
     logit_bias = request.logit_bias or ()
     stop_token_ids = tuple(request.stop_token_ids or ())
     check_token_ids("logit_bias", (token_id for token_id, _ in logit_bias), info)
@@ -110,6 +111,7 @@ def to_sampling_params(
         logit_bias=logit_bias,
         seed=secrets.randbits(63) if request.seed is None else request.seed % 2**63,
         logprobs=_num_logprobs(request),
+        prompt_logprobs=num_prompt_logprobs(request),
         stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
         grammar=grammar,
         cache_salt=request.cache_salt or "",
@@ -138,11 +140,12 @@ def check_combinations(request: ChatRequest | CompletionRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise _needs("stream_options", "stream")
     if isinstance(request, CompletionRequest):
-        if request.echo and request.logprobs is not None:
+        if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
             raise InvalidRequestError(
-                "Unsupported parameter: 'echo' is not supported together with 'logprobs'.",
-                param="echo",
-                code="unsupported_parameter",
+                "Invalid 'max_tokens': integer below minimum value. "
+                "Expected a value >= 1, but got 0 instead.",
+                param="max_tokens",
+                code="integer_below_min_value",
             )
         return
     if request.top_logprobs and not request.logprobs:
@@ -170,6 +173,32 @@ def _num_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
     if isinstance(request, CompletionRequest):
         return request.logprobs
     return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def num_prompt_logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    """Of the two that may ask for them: vLLM's own parameter, and the echo of a prompt."""
+    counts = [request.prompt_logprobs]
+    if isinstance(request, CompletionRequest) and request.echo:
+        counts.append(request.logprobs)
+    return max((count for count in counts if count is not None), default=None)
+
+
+def check_prompt_logprobs(
+    request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Raises InvalidRequestError where they would be too many to hold and to send."""
+    num_top = num_prompt_logprobs(request)
+    if num_top is None:
+        return
+    num_tokens = sum(map(len, prompts)) * (request.n or 1)
+    if num_tokens * (1 + num_top) > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"This server tells at most {MAX_PROMPT_LOGPROBS} log-probabilities of prompts at "
+            f"once. However, you asked for {1 + num_top} of each of {num_tokens} tokens (over all "
+            "prompts and choices). Please reduce the prompts or their number, or "
+            f"'{'logprobs' if request.prompt_logprobs is None else 'prompt_logprobs'}'.",
+            code="too_many_prompt_logprobs",
+        )
 
 
 def check_token_ids(param: str, token_ids: Iterable[int], info: EngineInfo) -> None:

@@ -170,6 +170,7 @@ class ChatCompletionChunk(Answered):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     skip: SkippedLayers | None = None
 
 

@@ -15,6 +15,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.background import BackgroundTask
@@ -36,6 +37,7 @@ from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
 from server.protocol.sampling import (
     check_combinations,
+    check_prompt_logprobs,
     to_sampling_params,
     to_skip_params,
     truncated,
@@ -48,6 +50,7 @@ from skipllm_core.detokenizer import Detokenizer
 T = TypeVar("T")
 
 HELD_S = 5.0  # how long a stream's response waits for the first output, before it begins without
+_INLINE_PROMPT_TOKENS = 256  # whose log-probabilities are worded in a few milliseconds
 
 
 class AnswerForm(Protocol):
@@ -105,6 +108,7 @@ def submit(
     """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed, and
     all follow the constraint."""
     skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
+    check_prompt_logprobs(request, prompts)
     sequences = []
     for prompt_ids in prompts:
         params = to_sampling_params(
@@ -177,9 +181,10 @@ async def _whole(
     parts: list[list[Delta]] = [[] for _ in generation.choices]
     async for delta in deltas:
         parts[delta.index].append(delta)
-    content = form.whole([_joined(part) for part in parts])
+    answers = [_joined(part) for part in parts]
+    content = await _worded(answers, lambda: json_response(form.whole(answers)))
     generation.succeed()
-    return json_response(content)
+    return content
 
 
 async def _events(
@@ -196,7 +201,7 @@ async def _events(
             yield event
         async for delta in _chained(first_delta, rest):
             if delta.parts or delta.finish_reason:
-                for event in form.events(delta):
+                for event in await _worded([delta], partial(_all_events, form, delta)):
                     yield event
         generation.succeed()  # before the client knows, who may ask for the metrics next
         for event in form.closing():
@@ -208,6 +213,16 @@ async def _events(
         yield form.failure(reply)
     finally:
         _abandon(generation, first)
+
+
+async def _worded(deltas: Sequence[Delta], word: Callable[[], T]) -> T:
+    """What `word` returns; off the event loop where there is much to say of prompts."""
+    num_scored = sum(len(delta.prompt_logprobs) for delta in deltas)
+    return await asyncio.to_thread(word) if num_scored > _INLINE_PROMPT_TOKENS else word()
+
+
+def _all_events(form: AnswerForm, delta: Delta) -> list[bytes]:
+    return list(form.events(delta))
 
 
 async def _chained(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
@@ -227,6 +242,8 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         tuple(layers for delta in deltas for layers in delta.skipped_layers),
         last.finish_reason,
         last.stopped_by,
+        tuple(found for delta in deltas for found in delta.prompt_logprobs),
+        last.end_logprobs,
     )
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
-from server.protocol.answers import chat_logprobs, stop_reason, usage_block
+from server.protocol.answers import chat_logprobs, prompt_logprobs, stop_reason, usage_block
 from server.protocol.chat import ChatRequest
 from server.protocol.schemas import ChatCompletion, ChatCompletionChunk
 from server.routes.answering import (
@@ -89,6 +89,7 @@ class ChatForm:
             "service_tier": None,
         }
         self._stream = ChunkStream(self._head, generation, body.stream_options)
+        self._has_begun = False  # the first choice, with which the prompt is told of
 
     def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
         choices = []
@@ -109,7 +110,7 @@ class ChatForm:
             **self._head,
             "choices": choices,
             "usage": usage_block(self._generation.usage),
-            "prompt_logprobs": None,
+            "prompt_logprobs": self._prompt_logprobs(answers[0]),
             "prompt_token_ids": self._prompt_ids if self._body.return_token_ids else None,
             "kv_transfer_params": None,
         }
@@ -131,6 +132,10 @@ class ChatForm:
         more: dict[str, Any] = {}
         if delta.skipped_layers:
             more["skip"] = {"skipped_layers": delta.skipped_layers}
+        if delta.index == 0 and not self._has_begun:
+            self._has_begun = True
+            if (found := self._prompt_logprobs(delta)) is not None:
+                more["prompt_logprobs"] = found
         yield self._stream.chunk(choice, **more)
         if delta.text and delta.finish_reason is not None:
             yield self._stream.chunk(self._choice(delta.index, {}, delta))
@@ -154,6 +159,13 @@ class ChatForm:
 
     def _stop_reason(self, delta: Delta) -> str | int | None:
         return stop_reason(delta.stopped_by, self._body.stop_token_ids or ())
+
+    def _prompt_logprobs(self, delta: Delta) -> list[dict[str, Any] | None] | None:
+        """From the first choice's first delta."""
+        num_top, found = self._body.prompt_logprobs, delta.prompt_logprobs
+        if num_top is None:
+            return None
+        return prompt_logprobs(self._tokenizer, self._prompt_ids, found, num_top)
 
     def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
         if self._body.logprobs:

@@ -16,9 +16,15 @@ from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
 from server.parts import Content
-from server.protocol.answers import completion_logprobs, stop_reason, usage_block
+from server.protocol.answers import (
+    completion_logprobs,
+    echo_offsets,
+    prompt_logprobs,
+    stop_reason,
+    usage_block,
+)
 from server.protocol.completions import CompletionRequest, Prompt
-from server.protocol.sampling import truncated
+from server.protocol.sampling import num_prompt_logprobs, truncated
 from server.protocol.schemas import Completion, CompletionChunk
 from server.routes.answering import (
     answer,
@@ -33,6 +39,7 @@ from server.service import Service
 from server.tools.grammars import constraint_of
 from skipllm_core.detokenizer import whole_text
 from skipllm_core.errors import ContextLengthError
+from skipllm_core.types import TokenLogprobs
 
 router = StrictRouter()
 
@@ -85,12 +92,16 @@ class CompletionForm:
             "service_tier": None,
         }
         self._stream = ChunkStream(self._head, generation, body.stream_options)
+        self._echoes = [self._echo(number) for number in range(len(prompts))] if body.echo else []
+        self._is_scored = num_prompt_logprobs(body) is not None
         self._begun: set[int] = set()  # choices that have had a chunk
 
     def opening(self) -> Iterator[bytes]:
-        if self._body.echo:
-            for index in range(len(self._prompts) * (self._body.n or 1)):
-                echoed = Delta(index, (Content(self._echoed(index)),))
+        if self._is_scored:
+            return  # what is told of a prompt comes with the first text
+        for number, echo in enumerate(self._echoes):
+            for index in range(number * self._n, (number + 1) * self._n):
+                echoed = Delta(index, (Content(echo),))
                 yield self._stream.chunk(self._chunk_choice(echoed), is_opening=True)
 
     def events(self, delta: Delta) -> Iterator[bytes]:
@@ -109,16 +120,14 @@ class CompletionForm:
         choices = []
         for delta in answers:
             choice = {
-                **self._choice(delta),
                 "prompt_token_ids": None,
                 "prompt_logprobs": None,
+                **self._choice(delta, has_prompt=True),
             }
-            if self._body.echo:
-                choice["text"] = self._echoed(delta.index) + choice["text"]
             if delta.skipped_layers:
                 choice["skip"] = {"skipped_layers": delta.skipped_layers}
             if self._body.return_token_ids:
-                choice["prompt_token_ids"] = self._prompt_ids(delta.index)
+                choice["prompt_token_ids"] = self._prompts[delta.index // self._n]
             choices.append(choice)
         return {
             **self._head,
@@ -128,13 +137,16 @@ class CompletionForm:
         }
 
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        choice = self._choice(delta)
-        if self._body.return_token_ids and delta.index not in self._begun:
-            choice["prompt_token_ids"] = self._prompt_ids(delta.index)
+        is_first = delta.index not in self._begun
         self._begun.add(delta.index)
+        choice = self._choice(delta, has_prompt=is_first and self._is_scored)
+        if self._body.return_token_ids and is_first:
+            choice["prompt_token_ids"] = self._prompts[delta.index // self._n]
         return choice
 
-    def _choice(self, delta: Delta) -> dict[str, Any]:
+    def _choice(self, delta: Delta, *, has_prompt: bool = False) -> dict[str, Any]:
+        """Of the delta, and of the prompt what is asked for."""
+        body, number = self._body, delta.index // self._n
         choice: dict[str, Any] = {
             "index": delta.index,
             "text": delta.text,
@@ -143,20 +155,44 @@ class CompletionForm:
             "stop_reason": stop_reason(delta.stopped_by, self._body.stop_token_ids or ()),
             "token_ids": None,
         }
-        if self._body.logprobs is not None:
-            choice["logprobs"] = completion_logprobs(
-                self._tokenizer, delta.logprobs, delta.text_offsets
-            )
-        if self._body.return_token_ids:
+        if has_prompt and body.echo:
+            choice["text"] = self._echoes[number] + delta.text
+        if body.logprobs is not None:
+            choice["logprobs"] = self._logprobs(delta, body.logprobs, has_prompt=has_prompt)
+        if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
+        if has_prompt and body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                self._tokenizer,
+                self._prompts[number],
+                delta.prompt_logprobs,
+                body.prompt_logprobs,
+            )
         return choice
 
-    def _prompt_ids(self, index: int) -> list[int]:
-        return self._prompts[index // (self._body.n or 1)]
+    def _logprobs(self, delta: Delta, num_top: int, *, has_prompt: bool) -> dict[str, Any]:
+        """Of the text's tokens. An echo is told with every token there is, the one included that
+        ended the answer: who scores a prompt counts on one token behind it."""
+        tokens: list[tuple[int, TokenLogprobs | None]] = list(delta.logprobs)
+        offsets = list(delta.text_offsets[: len(tokens)])
+        if self._body.echo:
+            number = delta.index // self._n
+            echo = self._echoes[number]
+            tokens += delta.end_logprobs
+            offsets = [len(echo) + offset for offset in delta.text_offsets]
+            if has_prompt:
+                ids = self._prompts[number]
+                tokens = [*zip(ids, (None, *delta.prompt_logprobs), strict=True), *tokens]
+                offsets = echo_offsets(self._tokenizer, ids, echo) + offsets
+        return completion_logprobs(self._tokenizer, tokens, offsets, num_top)
 
-    def _echoed(self, index: int) -> str:
-        """The prompt's text as it was given or, for ids and what is left of a text, as it reads."""
-        prompt = self._body.prompts[index // (self._body.n or 1)]
+    def _echo(self, number: int) -> str:
+        """A prompt's text as it was given or, for ids and what is left of a text, as it reads."""
+        prompt = self._body.prompts[number]
         if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
             return prompt
-        return whole_text(self._tokenizer, self._prompt_ids(index))
+        return whole_text(self._tokenizer, self._prompts[number])
+
+    @property
+    def _n(self) -> int:
+        return self._body.n or 1

@@ -105,12 +105,12 @@ class EngineClient(ABC):
         num_prompt_tokens = len(prompt_ids)
         if num_prompt_tokens == 0:
             raise InvalidRequestError("the prompt is empty", param="prompt")
-        if num_prompt_tokens >= info.max_model_len:
+        if num_prompt_tokens + min(1, params.max_tokens) > info.max_model_len:
             raise ContextLengthError(
                 max_model_len=info.max_model_len, num_prompt_tokens=num_prompt_tokens
             )
-        if params.max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        if params.max_tokens < 0:
+            raise InvalidRequestError("max_tokens must not be negative", param="max_tokens")
         # An id outside the vocabulary would fail the forward of everyone in its batch.
         if min(prompt_ids) < 0 or max(prompt_ids) >= info.vocab_size:
             raise InvalidRequestError(

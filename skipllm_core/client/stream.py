@@ -71,7 +71,10 @@ def _merged(earlier: SeqOutput, later: SeqOutput) -> SeqOutput:
         later,
         token_ids=earlier.token_ids + later.token_ids,
         logprobs=earlier.logprobs + later.logprobs,
+        prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
         skipped_layers=earlier.skipped_layers + later.skipped_layers,
-        queue_s=earlier.queue_s,
-        num_cached_tokens=earlier.num_cached_tokens,
+        queue_s=later.queue_s if earlier.queue_s is None else earlier.queue_s,
+        num_cached_tokens=later.num_cached_tokens
+        if earlier.num_cached_tokens is None
+        else earlier.num_cached_tokens,
     )

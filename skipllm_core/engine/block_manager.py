@@ -16,6 +16,8 @@ def max_cached_tokens(num_prompt_tokens: int, max_tokens: int, max_model_len: in
 
     The last token generated is never computed on, so it takes no place.
     """
+    if not max_tokens:
+        return num_prompt_tokens
     return min(num_prompt_tokens + max_tokens, max_model_len) - 1
 
 
@@ -98,13 +100,12 @@ class BlockManager:
     # Prefix caching ------------------------------------------------------------------------------
 
     def find_prefix(self, seq: Sequence) -> list[int]:
-        """The published blocks that the prompt begins with; its last token is not among them, as
-        something has to be computed to sample from."""
+        """The published blocks that the prompt begins with and that it may take."""
         prefix: list[int] = []
-        if not (self.enable_prefix_caching and seq.has_exact_prompt):
+        if not self.enable_prefix_caching:
             return prefix
         content_id = _ROOT
-        for index in range((seq.num_prompt_tokens - 1) // self.block_size):
+        for index in range(seq.num_findable_tokens // self.block_size):
             block = self._published.get(self._key(content_id, seq, index))
             if block is None:
                 break

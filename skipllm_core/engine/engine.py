@@ -122,8 +122,8 @@ class Engine:
         by the clock; None: now."""
         most = max_cached_tokens(len(prompt_ids), params.max_tokens, self.info.max_model_len)
         assert seq_id not in self._seqs, "sequence ids are not reused"
-        assert params.max_tokens > 0
-        assert len(prompt_ids) < self.info.max_model_len
+        assert params.max_tokens >= 0
+        assert len(prompt_ids) + min(1, params.max_tokens) <= self.info.max_model_len
         assert self._blocks.num_blocks_for(most) <= self._blocks.num_blocks
         if arrival_s is None:
             arrival_s = self._clock()
@@ -258,15 +258,36 @@ class Engine:
                 )
                 continue
             if batch.kind == "decode":
-                seq.num_decode_steps += 1
+                seq.num_skippable_tokens += 1
                 seq.num_skipped_ffn_blocks += len(row_result.skipped_layers)
             else:
                 self._blocks.publish(seq)
+                _tell_prompt(seq, row_result)
             if row_result.token_id is not None:
                 seq.num_pending_tokens -= 1
                 outputs.append(self._extend(seq, row_result))
+            elif seq.is_prompt_only and seq.num_computed_tokens == seq.num_prompt_tokens:
+                outputs.append(self._end(seq, "length", self._output(seq, row_result)))
+            elif row_result.prompt_logprobs:
+                outputs.append(self._output(seq, row_result))
         self._grammars.move_on([row.seq for row in batch.rows if row.seq.awaits_mask])
         return tuple(outputs)
+
+    def _output(self, seq: Sequence, row: RowResult) -> SeqOutput:
+        is_at_first = seq.num_output_tokens == 1 or (
+            seq.is_prompt_only and seq.num_computed_tokens == seq.num_prompt_tokens
+        )
+        has_token = row.token_id is not None
+        return SeqOutput(
+            seq_id=seq.seq_id,
+            token_ids=() if row.token_id is None else (row.token_id,),
+            logprobs=() if row.logprobs is None else (row.logprobs,),
+            prompt_logprobs=row.prompt_logprobs,
+            skipped_layers=(row.skipped_layers,) if has_token and seq.skip.trace else (),
+            queue_s=seq.queue_s if is_at_first else None,
+            num_cached_tokens=seq.num_cached_tokens if is_at_first else None,
+            skip_usage=seq.skip_usage(self.info.num_layers),
+        )
 
     def _extend(self, seq: Sequence, row: RowResult) -> SeqOutput:
         """Appends the row's token, and ends the sequence if that was its last."""
@@ -274,16 +295,7 @@ class Engine:
         assert token_id is not None
         seq.token_ids.append(token_id)
         num_output_tokens = seq.num_output_tokens
-        is_first = num_output_tokens == 1
-        output = SeqOutput(
-            seq_id=seq.seq_id,
-            token_ids=(token_id,),
-            logprobs=() if row.logprobs is None else (row.logprobs,),
-            skipped_layers=(row.skipped_layers,) if seq.skip.trace else (),
-            queue_s=seq.queue_s if is_first else None,
-            num_cached_tokens=seq.num_cached_tokens if is_first else None,
-            skip_usage=seq.skip_usage(self.info.num_layers),
-        )
+        output = self._output(seq, row)
         grammar = seq.grammar
         if grammar is not None:
             if grammar.ends_with(token_id):
@@ -329,15 +341,21 @@ class Engine:
         outputs: tuple[SeqOutput, ...],
         duration_s: float,
     ) -> StepStats:
-        num_done = num_prompt_tokens = 0
-        num_skipped = [0] * self.info.num_layers  # rows, per layer
+        is_decode = batch.kind == "decode"
+        num_skippable = num_prompt_tokens = 0
+        num_skipped = [0] * self.info.num_layers  # tokens, per layer
         for row, row_result in zip(batch.rows, result.rows, strict=True):
-            if row_result.error is None:
-                num_done += 1
-                num_prompt_tokens += row.num_tokens
+            if row_result.error is not None:
+                continue
+            if is_decode:
+                num_skippable += 1
                 for layer in row_result.skipped_layers:
                     num_skipped[layer] += 1
-        is_decode = batch.kind == "decode"
+                continue
+            num_prompt_tokens += row.num_tokens
+            if (skips := row_result.prompt_skips) is not None:
+                num_skippable += skips.num_tokens
+                num_skipped = [a + b for a, b in zip(num_skipped, skips.num_skipping, strict=True)]
         return StepStats(
             kind=batch.kind,
             duration_s=duration_s,
@@ -346,13 +364,22 @@ class Engine:
             num_waiting=len(self._scheduler.waiting) + self._grammars.num_compiling,
             num_kv_blocks_used=self._blocks.num_used,
             num_kv_blocks=self._blocks.num_blocks,
-            num_prompt_tokens=0 if is_decode else num_prompt_tokens,
+            num_prompt_tokens=num_prompt_tokens,
             num_generated_tokens=sum(len(output.token_ids) for output in outputs),
             num_preemptions=step.num_preemptions,
             num_prefix_cache_queries=step.num_prefix_cache_queries,
             num_prefix_cache_hits=step.num_prefix_cache_hits,
-            ffn_computed=tuple([num_done - rows for rows in num_skipped]) if is_decode else (),
-            ffn_skipped=tuple(num_skipped) if is_decode else (),
+            ffn_computed=tuple([num_skippable - n for n in num_skipped]) if num_skippable else (),
+            ffn_skipped=tuple(num_skipped) if num_skippable else (),
             ffn_weight_reads=result.ffn_weight_reads,
             ffn_weight_reads_avoided=result.ffn_weight_reads_avoided,
         )
+
+
+def _tell_prompt(seq: Sequence, row: RowResult) -> None:
+    """Counts what a prefill step computed of the prompt for the first time."""
+    num_computed = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+    seq.num_told_prompt_tokens = max(seq.num_told_prompt_tokens, num_computed)
+    if (skips := row.prompt_skips) is not None:
+        seq.num_skippable_tokens += skips.num_tokens
+        seq.num_skipped_ffn_blocks += sum(skips.num_skipping)

@@ -22,7 +22,14 @@ class ScheduledSeq:
         """Whether the step reaches the sequence's last token, so that a new one is sampled."""
         seq = self.seq
         end = seq.num_computed_tokens + self.num_tokens
-        return end == seq.num_tokens + seq.num_pending_tokens
+        return not seq.is_prompt_only and end == seq.num_tokens + seq.num_pending_tokens
+
+    @property
+    def new_prompt_tokens(self) -> range:
+        """Positions of the prompt's tokens that this step computes and none did before."""
+        seq = self.seq
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + self.num_tokens
+        return range(max(start, seq.num_told_prompt_tokens), min(end, seq.num_prompt_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +41,25 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptSkips:
+    """What skipping did to tokens of a prompt under `skip.prompt`: the new ones of a step, but not
+    the prompt's first."""
+
+    num_tokens: int
+    num_skipping: tuple[int, ...]  # per layer
+
+
+@dataclass(frozen=True, slots=True)
 class RowResult:
-    """What the step made of one row. `token_id` is None where the prompt is not finished."""
+    """What the step made of one row. `token_id` is None where the prompt is not finished, and where
+    nothing is to be generated."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
-    skipped_layers: tuple[int, ...] = ()  # decode only
+    skipped_layers: tuple[int, ...] = ()  # of the row's last token
+    # Of the tokens that follow `new_prompt_tokens` in the prompt, where the sequence asks for them.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_skips: PromptSkips | None = None
     error: str | None = None  # this row alone failed (its logits were not finite)
     is_request_fault: bool = False  # the error is the request's: its grammar is at a dead end
     is_late: bool = False  # nothing was sampled, as the grammar's mask was not there in time

@@ -5,7 +5,7 @@ Twice: with torch's operators on any device, and with the CPU's own kernels. Bot
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,13 @@ def decode_step(
     With a gate that never skips this is `model.head(model.forward(token_ids, ctx))`, bit for bit.
     """
     h = gated_forward(model, token_ids, ctx, gate)
-    if sampling is not None and len(sampling) < h.shape[0]:
-        h = h[torch.tensor(sampling, dtype=torch.int64, device=h.device)]
+    return head_of(model, h, range(h.shape[0]) if sampling is None else sampling)
+
+
+def head_of(model: LlamaModel, h: Tensor, rows: Sequence[int]) -> Tensor:
+    """The logits [number of rows, vocab] of `rows`, ascending, of h [num_rows, hidden]."""
+    if len(rows) < h.shape[0]:
+        h = h[torch.tensor(rows, dtype=torch.int64, device=h.device)]
     return model.head(h)
 
 
@@ -68,8 +73,19 @@ def cpu_step(
     gate: SkipGate,
     sampling: list[int] | None = None,
 ) -> Tensor:
-    """`gated_forward` by the CPU's kernels, a row being one token, and the head of the rows
-    `sampling` (None: all): logits [num_sampling, vocab]."""
+    """`decode_step` by the CPU's kernels, a row being one token."""
+    cpu_forward(decoder, token_ids, positions, block_tables, gate)
+    return decoder.logits(sampling)
+
+
+def cpu_forward(
+    decoder: CpuDecoder,
+    token_ids: list[int],
+    positions: list[int],
+    block_tables: list[list[int]],
+    gate: SkipGate,
+) -> None:
+    """`gated_forward` by the CPU's kernels, which hold what comes out of the layers."""
     num_rows = len(token_ids)
     decoder.begin(token_ids, positions, block_tables)
     for layer in range(decoder.num_layers):
@@ -81,4 +97,3 @@ def cpu_step(
                 gate.observe(layer, decoder.feed_forward_watched(layer, some))
             else:
                 decoder.feed_forward(layer, some)
-    return decoder.logits(sampling)

@@ -226,7 +226,7 @@ def _row_tensors(rows: DeviceRows) -> tuple[Tensor, ...]:
 
 def _packed(slot: int, seq: Sequence, rows: DeviceRows) -> list[int]:
     skip = seq.skip
-    first = max(1, skip.warmup_tokens) + seq.num_prompt_tokens - 1
+    first = max(1, skip.warmup_tokens) + seq.num_given_tokens - 1
     policy = RowPolicy.NEVER
     if skip.policy in ("static", "random"):
         policy = RowPolicy.MASK

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import get_args
 
@@ -19,7 +22,7 @@ from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.loader import load_model, resolve_dtype
-from skipllm_core.runner.decode import cpu_step, decode_step
+from skipllm_core.runner.decode import cpu_forward, gated_forward, head_of
 from skipllm_core.runner.memory import (
     SEGMENT_BYTES,
     cpu_budget_bytes,
@@ -27,7 +30,8 @@ from skipllm_core.runner.memory import (
     mib,
     tells_what_to_lower,
 )
-from skipllm_core.runner.sampler import sample
+from skipllm_core.runner.prompts import Head, prompt_skips, score, score_prompts
+from skipllm_core.runner.sampler import NOT_FINITE, sample
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.consensus import ConsensusGate
 from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoided, skip_at
@@ -91,20 +95,33 @@ class TorchModelRunner:
         decoded again under the rule they were decoded under: their K and V come out the same.
         """
         gate = gate or self._gate(batch)
-        logits = self.logits(batch.rows, gate)
-        sampling = [row for row in batch.rows if row.samples]
-        sampled = iter(sample(logits, [row.seq for row in sampling]) if sampling else ())
+        head = self.forward(batch.rows, gate)
+        sampling = [row.seq for row in batch.rows if row.samples]
+        sampled = iter(sample(head(_last_places(batch.rows)), sampling) if sampling else ())
         ends = accumulate(row.num_tokens for row in batch.rows)
-        rows = tuple(
+        rows = [
             replace(next(sampled), skipped_layers=tuple(gate.skipped_layers[end - 1]))
             if row.samples
             else RowResult(None)
             for row, end in zip(batch.rows, ends, strict=True)
-        )
+        ]
         if batch.kind == "prefill":
-            return StepResult(rows)
+            return StepResult(tuple(self._with_prompts(batch.rows, rows, head, gate)))
         avoided = num_weight_reads_avoided(gate)
-        return StepResult(rows, self.num_layers - avoided, avoided)
+        return StepResult(tuple(rows), self.num_layers - avoided, avoided)
+
+    def _with_prompts(
+        self, rows: Rows[ScheduledSeq], results: Rows[RowResult], head: Head, gate: SkipGate
+    ) -> Iterator[RowResult]:
+        """The results of a prefill, and what it tells of the prompts."""
+        first = 0
+        for row, result, logprobs in zip(rows, results, score_prompts(rows, head), strict=True):
+            if any(math.isnan(found.logprob) for found in logprobs):
+                yield RowResult(None, error=NOT_FINITE)
+            else:
+                skips = prompt_skips(row, first, gate.skipped_layers, self.num_layers)
+                yield replace(result, prompt_logprobs=logprobs, prompt_skips=skips)
+            first += row.num_tokens
 
     def _gate(self, batch: Batch) -> SkipGate:
         skips = [
@@ -121,29 +138,34 @@ class TorchModelRunner:
     def logits(self, rows: Rows[ScheduledSeq], gate: SkipGate) -> Tensor:
         """Computes the rows' scheduled tokens, under a gate with one row per token. Returns the
         logits [num_sampling_rows, vocab] that the rows which sample have to sample from."""
+        return self.forward(rows, gate)(_last_places(rows))
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows[ScheduledSeq], gate: SkipGate) -> Head:
+        """Computes the rows' scheduled tokens, under a gate with one row per token. What it returns
+        gives the logits of any of them, until the next step."""
         places = [
             (row.seq, position)
             for row in rows
             for position in range(_start(row), _start(row) + row.num_tokens)
         ]
-        ends = accumulate(row.num_tokens for row in rows)
-        last = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         tokens = [seq.token_ids[position] for seq, position in places]
         if (decoder := self._decoder_for(len(rows), len(tokens), gate)) is not None:
-            return cpu_step(
+            cpu_forward(
                 decoder,
                 tokens,
                 [position for _, position in places],
                 [seq.block_table for seq, _ in places],
                 gate,
-                last,
             )
+            return lambda chosen: decoder.logits(list(chosen))
         context_rows = [
             ContextRow(_start(row), row.num_tokens, row.seq.block_table) for row in rows
         ]
         ctx = self.model.context(context_rows, self.kv_cache)
         token_ids = torch.tensor(tokens, device=self._device)
-        return decode_step(self.model, token_ids, ctx, gate, last)
+        h = gated_forward(self.model, token_ids, ctx, gate)
+        return partial(head_of, self.model, h)
 
     def _decoder_for(self, num_rows: int, num_tokens: int, gate: SkipGate) -> CpuDecoder | None:
         """The kernels, where they can run a step over these and do it faster than torch."""
@@ -235,7 +257,10 @@ class TorchModelRunner:
         rows = [ContextRow(max_model_len - num_tokens, num_tokens, table)] * num_rows
         ctx = self.model.context(rows, self._new_cache(1))
         token_ids = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=self._device)
-        logits = self.model.head(self.model(token_ids, ctx)[: config.max_num_seqs])
+        head = partial(head_of, self.model, self.model(token_ids, ctx))
+        places = range(len(token_ids))
+        score(head, places, [0] * len(places), num_top=1)
+        logits = head(places[: config.max_num_seqs])
         sample(logits, [Sequence(0, [0], DEAREST_SAMPLING) for _ in logits])
 
     def _num_blocks_for(self, num_tokens: int) -> int:
@@ -266,6 +291,12 @@ def resolve_device(device: Device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+def _last_places(rows: Rows[ScheduledSeq]) -> list[int]:
+    """Of the rows that sample, among the flat tokens."""
+    ends = accumulate(row.num_tokens for row in rows)
+    return [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
 
 
 def _start(row: ScheduledSeq) -> int:

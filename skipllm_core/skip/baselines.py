@@ -46,7 +46,8 @@ def planned_skip(seq: sequence.Sequence, position: int, num_generated: int) -> P
     if skip.policy == "random":
         return _plan(random_layers(skip, seq.params.seed, position))
     assert skip.policy == "early_exit"
-    budget = skip.budget_tokens or seq.params.max_tokens
+    most = seq.num_prompt_tokens - seq.num_given_tokens + seq.params.max_tokens
+    budget = skip.budget_tokens or most
     exit_layer = exit_at(num_generated, budget, skip.first_exit, skip.cold_start)
     return _plan(range(exit_layer, skip.cold_end), whole_layers=True)
 

@@ -169,14 +169,14 @@ def gate_for(rows: Sequence[SkipRule | None]) -> SkipGate:
 def skip_at(seq: sequence.Sequence, position: int) -> SkipRule | None:
     """The rule under which the token at `position` of `seq` is decoded; None: in full.
 
-    The token at `num_prompt_tokens - 1 + t` is the one whose decoding generates output token t. The
-    prompt's tokens (t <= 0) and the first `warmup_tokens` output tokens are computed in full, but
-    for `layer_drop`.
+    The token at `num_given_tokens - 1 + t` is the one whose decoding generates output token t. The
+    given tokens (t <= 0; the prompt's, or its first) and the first `warmup_tokens` behind them are
+    computed in full, but for `layer_drop`.
     """
     skip = seq.skip
     if skip.policy == "never":
         return None
-    generated = position - seq.num_prompt_tokens + 1
+    generated = position - seq.num_given_tokens + 1
     if skip.policy != "ffn_skip":
         return planned_skip(seq, position, generated)
     if generated < max(1, skip.warmup_tokens):

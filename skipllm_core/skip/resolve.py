@@ -32,6 +32,7 @@ class SkipDefaults:
     threshold: float | None = None
     warmup_tokens: int | None = None  # None: the profile's
     max_skips: int | None = None
+    prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class SkipOptions:
     max_skips: int | None = None
     budget_tokens: int | None = None
     trace: bool | None = None
+    prompt: bool | None = None
 
 
 def resolve_skip(
@@ -82,7 +84,8 @@ def resolve_skip(
     if policy == "ffn_skip":
         max_skips = wish.max_skips if wish.max_skips is not None else defaults.max_skips
         amount = replace(amount, max_skips=max_skips)
-    return replace(amount, budget_tokens=wish.budget_tokens, trace=trace)
+    prompt = defaults.prompt if wish.prompt is None else wish.prompt
+    return replace(amount, budget_tokens=wish.budget_tokens, trace=trace, prompt=prompt)
 
 
 def _policy(defaults: SkipDefaults, wish: SkipOptions) -> SkipPolicyName:

@@ -33,7 +33,8 @@ class LateFakeRunner(FakeRunner):
         rows = tuple(ScheduledSeq(self._twin(row.seq), row.num_tokens) for row in batch.rows)
         for row, twin in zip(batch.rows, rows, strict=True):
             assert row.samples == twin.samples, "host and device disagree on what is known"
-            assert twin.seq.num_tokens < twin.seq.max_num_tokens, "a known end is overrun"
+            has_room = twin.seq.num_tokens < twin.seq.max_num_tokens
+            assert has_room or not row.samples, "a known end is overrun"
         result = self.run(Batch(batch.kind, rows))
         for twin, out in zip(rows, result.rows, strict=True):
             if out.token_id is not None:
@@ -59,5 +60,6 @@ class LateFakeRunner(FakeRunner):
         assert twin.token_ids[: seq.num_tokens] == seq.token_ids
         assert twin.num_tokens == seq.num_tokens + seq.num_pending_tokens
         twin.num_computed_tokens = seq.num_computed_tokens
+        twin.num_told_prompt_tokens = seq.num_told_prompt_tokens
         twin.block_table = list(seq.block_table)
         return twin

@@ -17,6 +17,7 @@ from tests.engine.late import LateFakeRunner
 from tests.engine.test_scheduler import (
     SKIPPING,
     Workload,
+    assert_ends_as_alone,
     assert_pool_is_whole,
     counted_up,
     play,
@@ -197,15 +198,7 @@ def test_every_workload_ends_as_with_tokens_read_at_once(workload: Workload) -> 
         max_num_seqs=workload.max_num_seqs,
         max_num_batched_tokens=workload.budget,
     )
-    outputs = play(engine, workload.requests)
-    order = sorted(outputs, key=lambda seq_id: workload.requests[seq_id].arrives_at)
-    assert list(outputs) == order, "not first come, first served"
-    for seq_id, request in enumerate(workload.requests):
-        text = tokens(outputs[seq_id])
-        assert text == request.text[: len(text)]
-        if request.aborted_at is None or request.aborted_at < request.arrives_at:
-            assert len(text) == request.max_tokens
-            assert outputs[seq_id][-1].finish_reason == "length"
+    assert_ends_as_alone(workload.requests, play(engine, workload.requests))
     assert_pool_is_whole(engine)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from skipllm_core.engine.engine import Engine
 from skipllm_core.engine.runner import Batch
 from skipllm_core.types import SamplingParams, SeqOutput, SkipParams, StepStats
-from tests.fakes import FakeRunner, fake_engine
+from tests.fakes import FakeRunner, fake_engine, prompt_logprob
 
 SKIPPING = SkipParams(policy="ffn_skip", warmup_tokens=2, cold_start=1, cold_end=3)
 
@@ -58,6 +58,13 @@ class Request:
     first: int  # requests with these two alike have the same prompt, as far as the shorter goes;
     period: int  # with 4, all of its blocks are alike
     skip: SkipParams
+    prompt_logprobs: int | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens, skip=self.skip, prompt_logprobs=self.prompt_logprobs
+        )
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -85,7 +92,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     @st.composite
     def fitting_requests(draw: st.DrawFn) -> Request:
         num_prompt_tokens = draw(st.integers(1, 4 * num_kv_blocks))
-        max_tokens = draw(st.integers(1, 4 * num_kv_blocks + 1 - num_prompt_tokens))
+        max_tokens = draw(st.integers(0, 4 * num_kv_blocks + 1 - num_prompt_tokens))
         aborted_at = draw(st.none() | st.integers(0, 60))
         return Request(
             num_prompt_tokens,
@@ -94,7 +101,8 @@ def workloads(draw: st.DrawFn) -> Workload:
             aborted_at,
             first=draw(st.integers(31, 33)),
             period=draw(st.sampled_from([4, 95])),
-            skip=draw(st.sampled_from([SkipParams(), SKIPPING])),
+            skip=draw(st.sampled_from([SkipParams(), SKIPPING, replace(SKIPPING, prompt=True)])),
+            prompt_logprobs=draw(st.sampled_from([None, 0, 2])),
         )
 
     return Workload(
@@ -111,8 +119,7 @@ def play(engine: Engine, requests: list[Request]) -> dict[int, list[SeqOutput]]:
     for now in itertools.count():
         for seq_id, request in enumerate(requests):
             if request.arrives_at == now:
-                params = SamplingParams(max_tokens=request.max_tokens, skip=request.skip)
-                engine.add(seq_id, request.prompt_ids, params)
+                engine.add(seq_id, request.prompt_ids, request.params)
             if request.aborted_at == now:
                 engine.abort(seq_id)
         step = engine.step()
@@ -121,6 +128,32 @@ def play(engine: Engine, requests: list[Request]) -> dict[int, list[SeqOutput]]:
         if now > 60 and step is None:
             return outputs
     raise AssertionError
+
+
+def assert_ends_as_alone(requests: list[Request], outputs: dict[int, list[SeqOutput]]) -> None:
+    """Everyone who was not aborted has its text, and was told of its prompt exactly once."""
+    order = sorted(outputs, key=lambda seq_id: requests[seq_id].arrives_at)
+    assert list(outputs) == order, "not first come, first served"
+    for seq_id, request in enumerate(requests):
+        text = tokens(outputs[seq_id])
+        assert text == request.text[: len(text)]
+        told = [found for output in outputs[seq_id] for found in output.prompt_logprobs]
+        scores = []
+        if (num_top := request.prompt_logprobs) is not None:
+            following = list(enumerate(request.prompt_ids))[1:]
+            scores = [prompt_logprob(*place, num_top) for place in following]
+        assert told == scores[: len(told)]
+        if request.aborted_at is not None and request.aborted_at >= request.arrives_at:
+            continue
+        last = outputs[seq_id][-1]
+        assert len(text) == request.max_tokens
+        assert len(told) == len(scores)
+        assert last.finish_reason == "length"
+        assert last.skip_usage is not None
+        num_counted = max(0, request.max_tokens - 1)
+        num_counted += (request.num_prompt_tokens - 1) * request.skip.prompt
+        assert last.skip_usage.total_ffn_blocks == num_counted * 4
+        assert sum(output.queue_s is not None for output in outputs[seq_id]) == 1
 
 
 @settings(deadline=None)
@@ -138,15 +171,7 @@ def test_every_sequence_ends_with_the_text_it_has_alone(workload: Workload) -> N
         max_num_seqs=workload.max_num_seqs,
         max_num_batched_tokens=workload.budget,
     )
-    outputs = play(engine, workload.requests)
-    order = sorted(outputs, key=lambda seq_id: workload.requests[seq_id].arrives_at)
-    assert list(outputs) == order, "not first come, first served"
-    for seq_id, request in enumerate(workload.requests):
-        text = tokens(outputs[seq_id])
-        assert text == request.text[: len(text)]
-        if request.aborted_at is None or request.aborted_at < request.arrives_at:
-            assert len(text) == request.max_tokens
-            assert [output.finish_reason for output in outputs[seq_id]][-1] == "length"
+    assert_ends_as_alone(workload.requests, play(engine, workload.requests))
     assert_pool_is_whole(engine)
 
 

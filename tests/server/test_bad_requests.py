@@ -150,7 +150,6 @@ UNSUPPORTED: list[Case] = [
     ({name: value}, name, "unsupported_parameter")
     for name, value in {
         "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}],
-        "prompt_logprobs": 1,
         "suffix": "x", "best_of": 2, "modalities": ["audio"], "audio": {"voice": "x"},
         "priority": 1, "chat_template": "{{ 1 }}",
         "echo": True, "add_special_tokens": True, "return_tokens_as_token_ids": True,

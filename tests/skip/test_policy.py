@@ -270,6 +270,13 @@ def test_prompt_tokens_are_never_skipped() -> None:
     assert [skip_at(seq, position) is None for position in range(5)] == [True] * 3 + [False] * 2
 
 
+def test_under_the_wish_a_prompts_tokens_are_decoded_ones_behind_its_first() -> None:
+    params = skip(warmup_tokens=3, prompt=True)
+    seq = Seq(0, [1, 2, 3, 4, 5], SamplingParams(max_tokens=99, skip=params))
+    assert [skip_at(seq, position) for position in range(6)] == [None] * 3 + [params] * 3
+    assert not seq.is_warming_up
+
+
 @pytest.mark.parametrize(
     "params", [SkipParams(), skip(max_skips=0), skip(cold_start=3, cold_end=4), skip(cold_end=0)]
 )

@@ -75,6 +75,18 @@ def test_a_request_can_skip_where_the_server_does_not_by_default() -> None:
     assert resolve(off, warmup_tokens=0).policy == "never"
 
 
+def test_prompts_are_skipped_where_the_request_wishes_it_and_anything_is() -> None:
+    assert not resolve().prompt
+    assert resolve(prompt=True).prompt
+    assert resolve(prompt=True, policy="static", ratio=0.2).prompt
+    always = SkipDefaults(policy="ffn_skip", ratio=0.2, prompt=True)
+    assert resolve(always).prompt
+    assert not resolve(always, prompt=False).prompt
+    assert resolve(always, policy="off") == SkipParams(policy="never")
+    assert resolve(prompt=True, policy="off") == SkipParams(policy="never")
+    assert resolve(prompt=True, ratio=0.0) == SkipParams(policy="never")
+
+
 def test_trace_is_kept_whether_skipping_or_not() -> None:
     assert resolve(trace=True).trace
     assert resolve(policy="off", trace=True).trace
