@@ -135,9 +135,7 @@ class Generation:
         self.num_prompt_tokens = num_prompt_tokens
         self.choices = choices
         self._n = n
-        self._grammar_param = (
-            grammar_param  # of the request: what a fault in a grammar is a fault of
-        )
+        self._grammar_param = grammar_param  # the request's field that a bad grammar came from
         self._recorder = recorder
         self._lifecycle = lifecycle
         self._was_interrupted = False
