@@ -69,13 +69,14 @@ class Metrics:
         # Skipping.
         self.skip_ratio = Histogram(
             "skipllm_request_skip_ratio",
-            "Skipped FFN blocks / all FFN blocks of a request's decode steps.",
+            "Skipped FFN blocks / all FFN blocks of a request's tokens that usage.skip counts.",
             buckets=_RATIO_BUCKETS,
             registry=registry,
         )
         self._ffn_blocks = Counter(
             "skipllm_ffn_blocks_total",
-            "FFN blocks of decode steps, counted per row, by layer and outcome.",
+            "FFN blocks of decode steps, and of prompts under skip.prompt, per token, by layer "
+            "and outcome.",
             ["layer", "outcome"],
             registry=registry,
         )
