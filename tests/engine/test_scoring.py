@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from skipllm_core.client import RequestStream
 from skipllm_core.engine.engine import Engine
 from skipllm_core.types import SamplingParams, SeqOutput, SkipParams, StepOutput, TokenLogprobs
 from tests.engine.test_scheduler import SKIPPING, counted_up, run, tokens
@@ -134,3 +135,16 @@ def test_the_wire_bears_all_of_it() -> None:
     engine.add(0, [40] * 5, SamplingParams(max_tokens=0, prompt_logprobs=2, skip=SKIPPING_PROMPT))
     step = engine.step()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=StepOutput) == step
+
+
+async def test_a_reader_that_lags_finds_all_of_it_in_one_output() -> None:
+    prompt = counted_up(40, 100)
+    engine = fake_engine(max_num_batched_tokens=32, max_num_seqs=4)
+    stream = RequestStream(0, len(prompt), lambda stream: None)
+    for output in ask(engine, prompt, max_tokens=2, prompt_logprobs=1):
+        stream.push(output)
+    (merged,) = [output async for output in stream]
+    assert merged.prompt_logprobs == tuple(scores(prompt, 1))
+    assert merged.token_ids == tuple(counted_up(prompt[-1], 2))
+    assert merged.queue_s is not None
+    assert merged.num_cached_tokens == 0
