@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs/api.md"
 MODELS = {"chat": ChatRequest, "text": CompletionRequest}
 # Documented as done, and not in the models yet.
 BEING_BUILT = {
-    "parallel_tool_calls", "prompt_logprobs", "reasoning_effort", "tool_choice", "tools",
+    "parallel_tool_calls", "reasoning_effort", "tool_choice", "tools",
 }  # fmt: skip
 
 
