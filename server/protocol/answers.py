@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from server.parts import Usage
@@ -50,12 +50,22 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+def token_label(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token by its id, as vLLM writes it where texts would not tell tokens apart."""
+    return f"token_id:{token_id}"
+
+
+TokenName = Callable[[Tokenizer, int], str]
+
+
 def chat_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[tuple[int, TokenLogprobs]]
+    tokenizer: Tokenizer,
+    tokens: Sequence[tuple[int, TokenLogprobs]],
+    name: TokenName = token_text,
 ) -> dict[str, Any]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": token_text(tokenizer, token_id),
+            "token": name(tokenizer, token_id),
             "logprob": max(logprob, _LOWEST_LOGPROB),
             "bytes": list(tokenizer.token_bytes(token_id)),
         }
@@ -72,6 +82,7 @@ def completion_logprobs(
     tokens: Sequence[tuple[int, TokenLogprobs | None]],
     text_offsets: Sequence[int],
     num_top: int,
+    name: TokenName = token_text,
 ) -> dict[str, Any]:
     """The legacy object. A token's offset counts the whole characters before it: tokens that are
     parts of one character share theirs. Nothing is known of a prompt's first token."""
@@ -79,7 +90,7 @@ def completion_logprobs(
     logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
     for token_id, found in tokens:
-        text = token_text(tokenizer, token_id)
+        text = name(tokenizer, token_id)
         texts.append(text)
         if found is None:
             logprobs.append(None)
@@ -87,7 +98,7 @@ def completion_logprobs(
             continue
         logprobs.append(max(found.logprob, _LOWEST_LOGPROB))
         best = list(_top(found))[:num_top]
-        top = {token_text(tokenizer, i): max(value, _LOWEST_LOGPROB) for i, value in best}
+        top = {name(tokenizer, i): max(value, _LOWEST_LOGPROB) for i, value in best}
         top_logprobs.append(top | {text: max(found.logprob, _LOWEST_LOGPROB)})
     return {
         "tokens": texts,

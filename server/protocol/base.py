@@ -165,6 +165,8 @@ class GenerationRequest(Wire):
     """Prompts share what was computed of them only with those of the same salt."""
     return_token_ids: bool | None = None
     """Whether the answer tells the ids of its tokens and of the prompt's."""
+    return_tokens_as_token_ids: bool | None = None
+    """Whether log probabilities name tokens by their ids, as `token_id:42`."""
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
     """The end of the answer's `id`, for finding it again."""
     skip: SkipWish | None = None

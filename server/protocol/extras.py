@@ -57,7 +57,6 @@ REFUSED: Mapping[str, Neutral] = {
     "prompt_embeds": _NO,
     "repetition_detection": _NO,
     "return_prompt_text": _NO,
-    "return_tokens_as_token_ids": _NO,
     "return_weight_versions": _NO,
     "spaces_between_special_tokens": (True,),
     "thinking_token_budget": (-1,),

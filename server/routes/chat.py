@@ -14,7 +14,14 @@ from starlette.responses import Response
 from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
-from server.protocol.answers import chat_logprobs, prompt_logprobs, stop_reason, usage_block
+from server.protocol.answers import (
+    chat_logprobs,
+    prompt_logprobs,
+    stop_reason,
+    token_label,
+    token_text,
+    usage_block,
+)
 from server.protocol.chat import ChatRequest
 from server.protocol.schemas import ChatCompletion, ChatCompletionChunk
 from server.routes.answering import (
@@ -169,6 +176,7 @@ class ChatForm:
 
     def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
         if self._body.logprobs:
-            choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
+            name = token_label if self._body.return_tokens_as_token_ids else token_text
+            choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs, name)
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids

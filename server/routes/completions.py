@@ -21,6 +21,8 @@ from server.protocol.answers import (
     echo_offsets,
     prompt_logprobs,
     stop_reason,
+    token_label,
+    token_text,
     usage_block,
 )
 from server.protocol.completions import CompletionRequest, Prompt
@@ -184,7 +186,8 @@ class CompletionForm:
                 ids = self._prompts[number]
                 tokens = [*zip(ids, (None, *delta.prompt_logprobs), strict=True), *tokens]
                 offsets = echo_offsets(self._tokenizer, ids, echo) + offsets
-        return completion_logprobs(self._tokenizer, tokens, offsets, num_top)
+        name = token_label if self._body.return_tokens_as_token_ids else token_text
+        return completion_logprobs(self._tokenizer, tokens, offsets, num_top, name)
 
     def _echo(self, number: int) -> str:
         """A prompt's text as it was given or, for ids and what is left of a text, as it reads."""

@@ -381,6 +381,19 @@ async def test_chat_logprobs_have_openais_form_and_stay_finite(opinionated: Serv
     assert entry["top_logprobs"][1]["bytes"] == [0xC3]
 
 
+async def test_logprobs_name_tokens_by_their_ids_if_asked(opinionated: Server) -> None:
+    options = {"max_tokens": 2, "return_tokens_as_token_ids": True}
+    content = (await opinionated.complete("a", logprobs=2, **options)).json()
+    told = content["choices"][0]["logprobs"]
+    assert told["tokens"] == ["token_id:98", "token_id:99"]
+    assert told["top_logprobs"][0] == {"token_id:98": -0.5, "token_id:195": -2.0}
+    assert told["text_offset"] == [0, 1]
+    chat = (await opinionated.chat("a", logprobs=True, top_logprobs=2, **options)).json()
+    for entry in chat["choices"][0]["logprobs"]["content"]:
+        assert entry["token"] == f"token_id:{entry['bytes'][0]}"
+        assert entry["top_logprobs"][1]["token"] == "token_id:195"
+
+
 async def test_streamed_logprobs_come_with_their_text(opinionated: Server) -> None:
     reply = await opinionated.complete("a", max_tokens=5, logprobs=0, stop="zz", stream=True)
     tokens = []

@@ -152,7 +152,7 @@ UNSUPPORTED: list[Case] = [
         "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}],
         "suffix": "x", "best_of": 2, "modalities": ["audio"], "audio": {"voice": "x"},
         "priority": 1, "chat_template": "{{ 1 }}",
-        "echo": True, "add_special_tokens": True, "return_tokens_as_token_ids": True,
+        "echo": True, "add_special_tokens": True,
         "use_beam_search": True,
     }.items()
     if value

@@ -57,6 +57,13 @@ OPERATIONS = [
     ("GET", "/version"),
     ("GET", "/server_info"),
 ]
+PLAIN: dict[str, Any] = {
+    "prompt": "hi",
+    "messages": [{"role": "user", "content": "hi"}],
+    "tokens": [104, 105],
+    "content": "hi",
+    "input": "hi",
+}
 BODIES = [path for method, path in OPERATIONS if method == "POST" and "{" not in path]
 POSITIVE, NEGATIVE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
@@ -90,14 +97,14 @@ def schema(url: str) -> Any:
     return schemathesis.openapi.from_dict(document)
 
 
-def thinned(body: dict[str, Any], num_options: int) -> dict[str, Any]:
-    """The body with one subject and few options: all of them together contradict each other."""
-    subjects = [
-        name for name in ("prompt", "messages", "tokens", "content", "input") if body.get(name)
-    ]
-    options = [name for name in body if name not in subjects][:num_options]
-    needed = [name for name in ("max_tokens",) if name in body]  # by some
-    return {name: body[name] for name in subjects[:1] + needed + options}
+def thinned(body: dict[str, Any], num_options: int, *, is_plain: bool) -> dict[str, Any]:
+    """The body with one subject and few options: all of them together contradict each other.
+    `is_plain`: with a subject that is certainly good, so that the options come to be looked at."""
+    subjects = [name for name in PLAIN if body.get(name)]
+    options = {name: body[name] for name in body if name not in PLAIN}
+    kept = {name: options.pop(name) for name in ("max_tokens",) if name in options}  # some need it
+    kept |= dict(list(options.items())[:num_options])
+    return {name: PLAIN[name] if is_plain else body[name] for name in subjects[:1]} | kept
 
 
 def check(url: str, schema: Any, method: str, path: str, mode: GenerationMode, num: int) -> None:
@@ -108,10 +115,10 @@ def check(url: str, schema: Any, method: str, path: str, mode: GenerationMode, n
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(schema[path][method].as_strategy(generation_mode=mode), st.integers(0, 4))
-    def try_one(case: Case, num_options: int) -> None:
+    @given(schema[path][method].as_strategy(generation_mode=mode), st.integers(0, 4), st.booleans())
+    def try_one(case: Case, num_options: int, is_plain: bool) -> None:
         if mode is POSITIVE and isinstance(case.body, dict):
-            case.body = thinned(case.body, num_options)
+            case.body = thinned(case.body, num_options, is_plain=is_plain)
         reply = case.call_and_validate(base_url=url, checks=CHECKS, timeout=30)
         statuses[reply.status_code] += 1
 
