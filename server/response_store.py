@@ -57,19 +57,22 @@ class ResponseStore:
     def is_on(self) -> bool:
         return self._max_responses > 0
 
-    def keep(self, response: dict[str, Any], input_items: list[Item]) -> None:
+    def keep(self, response: dict[str, Any], input_items: list[Item]) -> bool:
+        """Whether there is room: one response may take an eighth of it, so that going on from it
+        never means to parse much."""
         stored = StoredResponse(
             orjson.dumps(response),
             orjson.dumps(input_items),
             {item["id"]: orjson.dumps(item) for item in response["output"]},
         )
-        if stored.num_bytes > self._max_bytes:
-            return
+        if stored.num_bytes > self._max_bytes // 8:
+            return False
         self._stored[response["id"]] = stored
         self._num_bytes += stored.num_bytes
         self._response_of_item |= dict.fromkeys(stored.output_jsons, response["id"])
         while len(self._stored) > self._max_responses or self._num_bytes > self._max_bytes:
             self.delete(next(iter(self._stored)))
+        return True
 
     def get(self, response_id: str) -> StoredResponse | None:
         stored = self._stored.get(response_id)

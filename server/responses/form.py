@@ -21,7 +21,7 @@ from server.translation import in_the_clients_words
 
 class ResponsesForm:
     """`names`: what the client calls the chat's fields. `keep` gets the response once it is
-    complete; None: it is not to be stored."""
+    complete, and tells whether it is stored; None: it is not to be."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class ResponsesForm:
         body: ResponsesRequest,
         names: Mapping[str, str],
         generation: Generation,
-        keep: Callable[[dict[str, Any]], None] | None,
+        keep: Callable[[dict[str, Any]], bool] | None,
     ) -> None:
         self._tokenizer = service.tokenizer
         self._names = names
@@ -103,7 +103,7 @@ class ResponsesForm:
         if self._skipped_layers:
             response["skip"] = {"skipped_layers": self._skipped_layers}
         if self._keep is not None:
-            self._keep(response)
+            response["store"] = self._keep(response)
         return response
 
 

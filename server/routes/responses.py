@@ -42,8 +42,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     before, items = _conversation(store, body)
     chat, names = to_chat(body, before, items)
 
-    def keep(response: dict[str, Any]) -> None:
-        store.keep(response, [*before, *items])
+    def keep(response: dict[str, Any]) -> bool:
+        return store.keep(response, [*before, *items])
 
     is_kept = store.is_on and body.store is not False
     with _in_the_clients_names(names):
