@@ -529,6 +529,15 @@ async def test_openais_client_parses_what_a_schema_describes() -> None:
     assert parsed.text.format.type == "json_schema"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_schema_that_does_not_compile_is_told_in_the_requests_own_name(
+    server: Server, stream: bool
+) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}
+    found = await refusal(server, text={"format": form}, stream=stream)
+    assert found == (400, "text.format.schema", "invalid_value")
+
+
 async def test_openais_client_raises_where_a_stream_fails() -> None:
     def fail(batch: Any) -> None:
         if any(row.seq.num_output_tokens > 3 for row in batch.rows):
