@@ -27,6 +27,7 @@ Message = Mapping[str, Any]
 
 _INSTRUCTORS = ("system", "developer", "assistant", "tool")
 _ROLES = (*_INSTRUCTORS, "user")
+_OPAQUE = ("indent", "title", "urlize", "wordwrap")  # filters that would keep some of the spans
 _BLANK_END = "\ufdd2 "  # what a blank message ends with that is continued, to be found again
 
 
@@ -140,7 +141,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self._marks = marks
         self.filters |= {"tojson": _to_json, "replace": self._replace}
-        self.filters = {name: self._tracked(function) for name, function in self.filters.items()}
+        self.filters = {
+            name: self._opaque(function) if name in _OPAQUE else self._tracked(function)
+            for name, function in self.filters.items()
+        }
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
@@ -170,6 +174,16 @@ class _Environment(ImmutableSandboxedEnvironment):
             return self._kept(function(*args, **kwargs), *args, *kwargs.values())
 
         return tracked
+
+    def _opaque(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def opaque(*args: Any, **kwargs: Any) -> Any:
+            result = function(
+                *(plain(arg) if isinstance(arg, Tainted) else arg for arg in args), **kwargs
+            )
+            return self._kept(result, *args, *kwargs.values())
+
+        return opaque
 
     def _kept(self, result: Any, *sources: object) -> Any:
         if not isinstance(result, str) or isinstance(result, Tainted):

@@ -92,7 +92,8 @@ class HFTokenizer:
         self._chat_with_tools = (
             self._compile(with_tools, names, stored["model"]) if with_tools else self._chat
         )
-        self._check_fits(_read_json(model_dir / "config.json").get("vocab_size"), stored["model"])
+        model_config = _read_json((eos_from or model_dir) / "config.json")
+        self._check_fits(model_config.get("vocab_size"), stored["model"])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -178,6 +178,17 @@ def test_a_tokenizer_whose_vocabulary_is_larger_than_the_embedding_is_refused(
         assert "\n" not in str(caught.value)
 
 
+def test_another_models_tokenizer_has_to_fit_the_model_that_is_served(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    for folder, vocab_size in ((model, FIRST_ID), (other, FIRST_ID + len(TOKENS))):
+        folder.mkdir()
+        write(folder, config={**NAMES, "image_token": "<|image|>"})
+        (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    HFTokenizer(other)
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        HFTokenizer(other, eos_from=model)
+
+
 def test_a_token_beyond_the_embedding_that_nothing_needs_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
