@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from skipllm_core.grammar.state import GrammarState
 from skipllm_core.types import SamplingParams, SkipUsage
+
+if TYPE_CHECKING:
+    from skipllm_core.grammar.state import GrammarState
 
 
 class SeqStatus(Enum):
