@@ -287,10 +287,11 @@ class Settings(BaseModel):
         """Whether the model is the one that is part of the package: by its name, or by default."""
         return self.model in (None, EMBEDDED_MODEL_NAME)
 
-    def engine_config(self, model_dir: Path) -> EngineConfig:
+    def engine_config(self, model_dir: Path, tokenizer_dir: Path | None = None) -> EngineConfig:
         memory = self.kv_cache_memory
         return EngineConfig(
             model_dir=model_dir,
+            tokenizer_dir=tokenizer_dir,
             device=self.device,
             dtype=self.dtype,
             load_format=self.load_format,

@@ -127,7 +127,8 @@ async def _serve(
     started_s = time.monotonic()
     skip_defaults = settings.skip_defaults(profile)
     stop = _Stop(settings.shutdown_timeout)
-    engine = ProcessEngineClient(settings.engine_config(model_dir), on_fatal=stop.on_fatal)
+    config = settings.engine_config(model_dir, tokenizer.directory)
+    engine = ProcessEngineClient(config, on_fatal=stop.on_fatal)
     metrics = Metrics(settings.model_name)
     metrics.watch(engine)
     app = build_app(
