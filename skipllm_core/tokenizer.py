@@ -67,6 +67,7 @@ class HFTokenizer:
     """
 
     def __init__(self, model_dir: Path, *, eos_from: Path | None = None) -> None:
+        self.directory = model_dir
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path} does not exist; only fast tokenizers are supported")

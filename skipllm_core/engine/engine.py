@@ -95,13 +95,9 @@ class Engine:
             needs_masks_first=self._max_in_flight > 1,
             clock=clock,
         )
+        tokenizer_dir = config.tokenizer_dir or config.model_dir
         self._grammars = Grammars(
-            load_tokenizer
-            or partial(
-                HFTokenizer,
-                config.tokenizer_dir or config.model_dir,
-                eos_from=config.model_dir,
-            ),
+            load_tokenizer or partial(HFTokenizer, tokenizer_dir, eos_from=config.model_dir),
             runner.vocab_size,
         )
         self._seqs: dict[int, Sequence] = {}  # the unfinished ones

@@ -12,6 +12,8 @@ this asks for:
   in a later step, before any later step reads them. Published blocks are written by nobody: they
   hold prompt tokens, and step n+1 writes behind the prompt.
 - A row preempted in flight keeps the token of step n; it is not admitted before that is read.
+- A row under a grammar is launched only when the token before is read and the mask made of it:
+  other rows go ahead without it, and it misses the steps between.
 - Nothing is launched behind a prefill until that is read: its blocks are published only when it
   is known to have succeeded, and its first tokens are on their way to the client soonest.
 """

@@ -27,6 +27,7 @@ MAX_CACHED_GRAMMARS = 64
 STACK_BYTES = 256 * 2**20
 # Alternatives at one place: an object's optional properties are 4 each.
 MAX_ITEMS_IN_ROW = 10_000
+MAX_SYMBOLS = 30_000  # time and memory grow with these: 2 s, and tens of MiB, at the most
 
 logger = logging.getLogger(__name__)
 
@@ -155,5 +156,7 @@ class GrammarCompiler:
 
 
 def new_matcher(vocabulary: Vocabulary, text: str) -> LLMatcher:
-    limits = LLParserLimits(max_items_in_row=MAX_ITEMS_IN_ROW, verbose_errors=False)
+    limits = LLParserLimits(
+        max_items_in_row=MAX_ITEMS_IN_ROW, max_grammar_size=MAX_SYMBOLS, verbose_errors=False
+    )
     return LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from server.cli.bench.fields import response_format
 from server.cli.bench.serve import parse_goodput
 from server.settings import SettingsError
 from tests.bench.other_servers import begin, chunk, other_server
 from tests.cli.test_app import REPO, skipllm
+from tests.grammar.texts import allowed, compiled, of_schema
 from tests.server.conftest import listening, running
+from tests.server.test_structured import drawn
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,7 @@ from tests.server.conftest import listening, running
         (["--request-rate", "5", "--max-concurrency", "2"], "--max-concurrency, not both"),
         (["--goodput", "ttft=3"], "--goodput: must be ttft, tpot or e2el with milliseconds"),
         (["--extra-body", "[1]"], "--extra-body: must be a JSON object"),
+        (["--structured", "/nowhere.json"], "--structured: cannot read /nowhere.json"),
         (["--json", "/nowhere/at/all.json"], "/nowhere/at is not a directory"),
     ],
 )
@@ -46,6 +50,29 @@ def test_bounds_are_names_with_milliseconds() -> None:
     for bad in ("ttft", "ttft:-1", "ttft:nan", "itl:3", "tpot:x"):
         with pytest.raises(SettingsError, match="--goodput"):
             parse_goodput([bad])
+
+
+def test_answers_can_be_put_under_a_schema(tmp_path: Path) -> None:
+    assert response_format(None) == {}
+    builtin = response_format("builtin")["response_format"]["json_schema"]["schema"]
+    grammar = compiled(of_schema(builtin))
+    assert chr(allowed(grammar.first_mask)[0]) == "["
+    (tmp_path / "schema.json").write_text('{"type": "integer"}')
+    wanted = response_format(str(tmp_path / "schema.json"))["response_format"]
+    assert wanted["json_schema"]["schema"] == {"type": "integer"}
+    (tmp_path / "schema.json").write_text("[]")
+    with pytest.raises(SettingsError, match="--structured"):
+        response_format(str(tmp_path / "schema.json"))
+
+
+async def test_a_schema_keeps_answers_as_long_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    args = ["--num-prompts", "3", "--input-len", "9", "--output-len", "40", "--ignore-eos"]
+    args += ["--structured", "builtin", "--json", str(file)]
+    async with running(drawn) as server, listening(server.app) as url:
+        run = await asyncio.to_thread(skipllm, "bench", "serve", "--base-url", url, *args)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(file.read_text())["num_output_tokens"] == 120
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(unused_tcp_port: int) -> None:

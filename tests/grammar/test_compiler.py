@@ -169,6 +169,7 @@ HOSTILE = {
     + "\n".join(f"R{i}: R{i + 1} R{i + 1}" for i in range(60))
     + '\nR60: "a"',
     "an ambiguous one": 'start: e\ne: e e | "a" |',
+    "4000 optional properties": of_schema({"properties": {f"p{i}": {} for i in range(4000)}}),
     "one long literal": f'start: "{"x" * 100_000}"',
 }
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import jsonschema_rs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from skipllm_core.grammar.state import DEAD_END
 from tests.grammar.texts import (
@@ -26,6 +29,58 @@ from tests.grammar.texts import (
 def test_whatever_is_drawn_from_the_masks_fits_the_schema(seed: int) -> None:
     text = bytes(random_text(state_of(compact(PERSON)), random.Random(seed)))
     jsonschema_rs.validate(PERSON, json.loads(text))
+
+
+SCALARS = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.builds(
+        lambda low, width: {"type": "integer", "minimum": low, "maximum": low + width},
+        st.integers(-1000, 1000),
+        st.integers(0, 5000),
+    ),
+    st.builds(lambda most: {"type": "string", "maxLength": most}, st.integers(0, 8)),
+    st.builds(
+        lambda values: {"enum": values},
+        st.lists(st.one_of(st.text(max_size=5), st.integers(-9, 9), st.none()), min_size=1),
+    ),
+    st.sampled_from(
+        [
+            {"type": "string", "pattern": "^[a-z]{1,3}[0-9]$"},
+            {"type": "string", "format": "date"},
+            {"type": ["boolean", "null"]},
+            {"const": {"a": [1]}},
+        ]
+    ),
+)
+
+
+def schemas_of(parts: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.one_of(
+        st.builds(
+            lambda items, most: {"type": "array", "items": items, "maxItems": most},
+            parts,
+            st.integers(0, 3),
+        ),
+        st.builds(lambda options: {"anyOf": options}, st.lists(parts, min_size=1, max_size=3)),
+        st.builds(
+            lambda properties, is_required: {
+                "type": "object",
+                "properties": properties,
+                "required": list(properties) if is_required else [],
+                "additionalProperties": False,
+            },
+            st.dictionaries(st.text(max_size=6), parts, max_size=4),
+            st.booleans(),
+        ),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.recursive(SCALARS, schemas_of, max_leaves=8), st.integers(0, 10))
+def test_whatever_is_drawn_under_any_schema_fits_it(schema: dict[str, Any], seed: int) -> None:
+    text = bytes(random_text(state_of(compact(schema)), random.Random(seed), 5000))
+    jsonschema_rs.validate(schema, json.loads(text))
 
 
 def test_ids_beyond_the_tokenizer_are_never_allowed() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from server.cli.bench.fields import json_object, response_format
 from server.cli.options import told_in_one_line
 from server.settings import SettingsError
 from skipllm_core.errors import ConfigError
@@ -124,6 +125,15 @@ def serve(
             rich_help_panel="Requests",
         ),
     ] = "{}",
+    structured: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|builtin",
+            help="Have every answer follow a JSON Schema: a file's, or one without an end, so that "
+            "answers are as long as without it.",
+            rich_help_panel="Requests",
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -166,7 +176,7 @@ def serve(
         if json_file is not None and not json_file.parent.is_dir():  # better told now than later
             raise SettingsError(f"cannot write {json_file}: {json_file.parent} is not a directory")
         slos_ms = parse_goodput(goodput or [])
-        fields = _json_object("--extra-body", extra_body)
+        fields = json_object("--extra-body", extra_body) | response_format(structured)
 
         try:
             from server.cli.bench.serving import Benchmark, run_benchmark
@@ -218,15 +228,3 @@ def parse_goodput(texts: list[str]) -> dict[str, float]:
                 f"{text!r}"
             )
     return slos_ms
-
-
-def _json_object(flag: str, text: str) -> dict[str, Any]:
-    import orjson
-
-    try:
-        fields = orjson.loads(text)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise SettingsError(f"{flag}: must be a JSON object, but got {text!r}")
-    return fields
