@@ -18,9 +18,7 @@ from tests.server.conftest import Server
 DOCS = Path(__file__).parents[2] / "docs/api.md"
 MODELS = {"chat": ChatRequest, "text": CompletionRequest}
 # Documented as done, and not in the models yet.
-BEING_BUILT = {
-    "parallel_tool_calls", "prompt_logprobs", "reasoning_effort", "tool_choice", "tools",
-}  # fmt: skip
+BEING_BUILT = {"prompt_logprobs"}
 
 
 def verdict(endpoint: str, name: str) -> str:
@@ -77,7 +75,7 @@ async def test_what_is_refused_is_named_and_what_asks_for_nothing_is_accepted(
         assert reply.status_code == 400, name
         error = reply.json()["error"]
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
-        assert error["message"].endswith("is not supported by this server.")
+        assert "is not supported by this server." in error["message"]
         for neutral in (None, *REFUSED[name]):
             reply = await post(server, endpoint, **{name: neutral})
             assert reply.status_code == 200, (name, neutral, reply.text)
