@@ -23,6 +23,7 @@ from server.routes import chat, completions, docs, messages, models, ops, respon
 from server.service import Service
 from server.sse import leave_draining_to_us
 from server.tolerance import Tolerance
+from server.tools.style import ChatStyle
 from skipllm_core.client import EngineClient
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults
@@ -34,6 +35,7 @@ def build_app(
     tokenizer: Tokenizer,
     *,
     model_name: str,
+    chat_style: ChatStyle | None = None,
     metrics: Metrics | None = None,
     skip_defaults: SkipDefaults | None = None,
     skip_profile: SkipProfile | None = None,
@@ -76,6 +78,7 @@ def build_app(
     app.state.service = Service(
         engine=engine,
         tokenizer=tokenizer,
+        chat_style=chat_style or ChatStyle.of(tokenizer),
         model_name=model_name,
         model_aliases=tuple(model_aliases),
         metrics=metrics,

@@ -66,9 +66,10 @@ class Choice:
         self._held_offsets: list[int] = []
 
     def take(self, output: SeqOutput) -> tuple[SeqOutput, Delta]:
-        """Adds an output; returns it, cut after a stop string, and what it means for the client."""
+        """Adds an output; returns it, cut where the answer ends before the sequence does, and what
+        it means for the client."""
         parts, num_taken = self._read(output)
-        if self._detokenizer.stopped_by is not None:
+        if self._has_ended:
             self.stream.close()
             output = _cut(output, num_taken)
         elif output.finish_reason is not None:
@@ -100,15 +101,23 @@ class Choice:
             _logprobs_of_end(output),
         )
 
+    @property
+    def _has_ended(self) -> bool:
+        """At a stop string, or as the parser wants no more."""
+        return self._detokenizer.stopped_by is not None or self._parser.is_finished
+
     def _read(self, output: SeqOutput) -> tuple[list[Part], int]:
-        """The parts released, and how many tokens there are up to a stop string's end."""
+        """The parts released, and how many tokens there are up to the answer's end. Stop strings
+        end answers, not what is thought before."""
         num_text_tokens = len(output.token_ids) - (output.stop_token_id is not None)
         parts: list[Part] = []
         for position, token_id in enumerate(output.token_ids[:num_text_tokens]):
             self._held_offsets.append(self._detokenizer.num_chars)
-            self.num_reasoning_tokens += self._parser.is_reasoning
-            parts += self._parser.feed(self._detokenizer.add(token_id))
-            if self._detokenizer.stopped_by is not None:
+            is_reasoning = self._parser.is_reasoning
+            self.num_reasoning_tokens += is_reasoning
+            text = self._detokenizer.add(token_id, is_searched=not is_reasoning)
+            parts += self._parser.feed(text)
+            if self._has_ended:
                 return parts, position + 1
         if output.stop_token_id is not None:
             self._held_offsets.append(self._detokenizer.num_chars)

@@ -4,8 +4,9 @@ endpoints word them; and its usage."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Literal, Protocol, TypeAlias
 
 from skipllm_core.types import FinishReason, SkipUsage
 
@@ -50,6 +51,11 @@ class AnswerParser(Protocol):
         """Whether what comes next is still reasoning."""
         ...
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing that may come next is wanted."""
+        ...
+
     def feed(self, text: str) -> list[Part]: ...
 
     def finish(self) -> list[Part]:
@@ -61,12 +67,24 @@ class PlainParser:
     """All text is content."""
 
     is_reasoning = False
+    is_finished = False
 
     def feed(self, text: str) -> list[Part]:
         return [Content(text)] if text else []
 
     def finish(self) -> list[Part]:
         return []
+
+
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """The same parts; pieces of one text that follow each other are one."""
+    found: list[Part] = []
+    for (kind, _), run in groupby(parts, lambda part: (type(part), getattr(part, "index", None))):
+        pieces: list[Any] = list(run)
+        if kind is not ToolCallBegin:
+            pieces = [replace(pieces[0], text="".join(piece.text for piece in pieces))]
+        found += pieces
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from server.metrics import Metrics
 from server.protocol.extras import UnknownFields
 from server.protocol.sampling import SamplingDefaults
 from server.response_store import ResponseStore
+from server.tools.style import ChatStyle
 from skipllm_core.client import EngineClient
 from skipllm_core.errors import ContextLengthError
 from skipllm_core.skip.profile import SkipProfile
@@ -25,6 +26,7 @@ _INLINE_CHARS = 4096  # about a millisecond of tokenizing; more is done in a thr
 class Service:
     engine: EngineClient
     tokenizer: Tokenizer
+    chat_style: ChatStyle
     model_name: str  # the one that answers bear
     model_aliases: tuple[str, ...]
     metrics: Metrics

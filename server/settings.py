@@ -30,6 +30,8 @@ CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"  # the file itself; not a setting
 EMBEDDED_MODEL_NAME = "skipllm-demo"
 DEFAULT_SKIP_RATIO = 0.25
 
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
+ReasoningParser = Literal["auto", "think", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 HOW_MUCH_TO_SKIP = frozenset({"skip_ratio", "skip_threshold", "min_agreement"})  # one of them
@@ -124,6 +126,17 @@ class Settings(BaseModel):
         "none: weights in --dtype; int8, fp8 (e4m3, CUDA): 8 bits, one scale per output.",
     )
     seed: int = _setting("Model", 0, "Seed of dummy weights.", ge=0, lt=2**63)
+    chat_template: Path | None = _setting(
+        "Model", None, "Jinja file to use as chat template, instead of the model's own."
+    )
+    tool_call_parser: ToolCallParser = _setting(
+        "Model", "auto", "How the model writes tool calls; auto: as its chat template says."
+    )
+    reasoning_parser: ReasoningParser = _setting(
+        "Model",
+        "auto",
+        "Whether <think> in answers is reasoning; auto: if the chat template has it.",
+    )
 
     max_num_seqs: int = _setting(
         "Engine", 32, "How many sequences are decoded together.", ge=1, le=4096

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from skipllm_core.tokenizer import Tokenizer
 
@@ -34,6 +34,7 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown_tokens: Collection[int] = (),
         min_tokens: int = 0,
     ) -> None:
         self.stopped_by: str | None = None  # the stop string found; nothing follows it
@@ -42,21 +43,28 @@ class Detokenizer:
         self._stop = stop
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
+        self._shown_tokens = frozenset(shown_tokens)  # special ones that are not skipped
         self._num_unsearched = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._utf8.decode(unfinished_bytes(tokenizer, prompt_ids))
         self._held = ""
 
-    def add(self, token_id: int) -> str:
-        """The text that one more token releases."""
+    def add(self, token_id: int, *, is_searched: bool = True) -> str:
+        """The text that one more token releases; stop strings may be looked for in it."""
         assert self.stopped_by is None, "the text has ended"
-        is_shown = not (self._skip_special_tokens and self._tokenizer.is_special(token_id))
+        is_shown = (
+            not self._skip_special_tokens
+            or token_id in self._shown_tokens
+            or not self._tokenizer.is_special(token_id)
+        )
         raw = self._tokenizer.token_bytes(token_id)
         text = self._utf8.decode(raw) if is_shown else ""
         self.num_chars += len(text)
         if self._num_unsearched > 0:
             self._num_unsearched -= 1
             return text
+        if not is_searched:
+            return self.flush() + text
         if not self._stop:
             return text
         return self._search(text) if is_shown else self._pass(raw.decode(errors="replace"))

@@ -63,10 +63,13 @@ class HFTokenizer:
 
     Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and the end-of-sequence ids of
     generation_config.json and config.json, these of `eos_from` where a model is served with
-    another's tokenizer. Raises ConfigError if they are missing or unusable.
+    another's tokenizer. `chat_template` is a file to use instead of the model's. Raises ConfigError
+    if they are missing or unusable.
     """
 
-    def __init__(self, model_dir: Path, *, eos_from: Path | None = None) -> None:
+    def __init__(
+        self, model_dir: Path, *, eos_from: Path | None = None, chat_template: Path | None = None
+    ) -> None:
         self.directory = model_dir
         path = model_dir / "tokenizer.json"
         if not path.is_file():
@@ -87,9 +90,9 @@ class HFTokenizer:
         self._piece_bytes = _piece_decoder(stored, path)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab()))
         self.eos_token_ids = self._find_eos_ids(eos_from or model_dir, names.get("eos_token"))
-        self.chat_template = _template_source(model_dir, config)
+        self.chat_template = _template_source(model_dir, config, chat_template)
         self._chat = self._compile(self.chat_template, names, stored["model"])
-        with_tools = _template_with_tools(model_dir, config)
+        with_tools = None if chat_template else _template_with_tools(model_dir, config)
         self._chat_with_tools = (
             self._compile(with_tools, names, stored["model"]) if with_tools else self._chat
         )
@@ -272,9 +275,12 @@ def _byte_level_alphabet() -> dict[str, int]:
     }
 
 
-def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
-    path = model_dir / "chat_template.jinja"
-    return template_of(config, _text(path) if path.is_file() else None)
+def _template_source(
+    model_dir: Path, config: Mapping[str, Any], instead: Path | None
+) -> str | None:
+    """The model's own, or what the file holds that is to be used instead."""
+    path = instead or model_dir / "chat_template.jinja"
+    return template_of(config, _text(path) if instead or path.is_file() else None)
 
 
 def _template_with_tools(model_dir: Path, config: Mapping[str, Any]) -> str | None:

@@ -124,6 +124,22 @@ def test_special_tokens_are_text_only_when_asked_for() -> None:
     assert text_of(ids, skip_special_tokens=False) == "hi</s>"
 
 
+def test_special_tokens_that_a_parser_needs_are_shown() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), shown_tokens=[ByteTokenizer.EOS])
+    ids = [ByteTokenizer.BOS, *b"hi", ByteTokenizer.EOS]
+    assert "".join(map(detokenizer.add, ids)) == "hi</s>"
+
+
+def test_text_that_is_not_searched_releases_what_is_held_and_stops_nothing() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), stop=("ab",))
+    assert detokenizer.add(ord("a")) == ""
+    assert detokenizer.add(ord("b"), is_searched=False) == "ab"
+    assert detokenizer.stopped_by is None
+    assert detokenizer.add(ord("a")) == ""
+    detokenizer.add(ord("b"))
+    assert detokenizer.stopped_by == "ab"
+
+
 @pytest.mark.parametrize("is_shown", [True, False])
 @pytest.mark.parametrize("is_included", [True, False])
 def test_a_stop_string_that_spells_a_special_token_ends_at_it_shown_or_not(

@@ -31,6 +31,7 @@ from server.lifecycle import Lifecycle
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.settings import Settings
+from server.tools.style import ChatStyle
 from skipllm_core.client import ProcessEngineClient
 from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError
@@ -61,7 +62,9 @@ def run_server(settings: Settings) -> int:
         profile = find_profile(settings.skip_profile, model_dir)
         tokenizer_dir = find_tokenizer(settings, model_dir)
         config = settings.engine_config(model_dir, tokenizer_dir)
-        tokenizer = HFTokenizer(tokenizer_dir, eos_from=model_dir)
+        tokenizer = HFTokenizer(
+            tokenizer_dir, eos_from=model_dir, chat_template=settings.chat_template
+        )
         return uvloop.run(_serve(settings, config, tokenizer, profile, listener))
 
 
@@ -139,6 +142,11 @@ async def _serve(
         model_name=settings.model_name,
         model_aliases=settings.model_aliases,
         metrics=metrics,
+        chat_style=ChatStyle.of(
+            tokenizer,
+            parser=settings.tool_call_parser,
+            reasoning_parser=settings.reasoning_parser,
+        ),
         skip_defaults=skip_defaults,
         skip_profile=profile,
         api_keys=settings.api_key,

@@ -30,6 +30,7 @@ def usage_block(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.num_generated_tokens,
         "total_tokens": usage.num_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.num_reasoning_tokens},
         "skip": skip_block(usage.skip),
     }
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.protocol.base import GenerationRequest, Wire, wrong
+from server.protocol.tools import MAX_TOOL_CALLS, MessageToolCall, ToolChoiceField, Tools
 from skipllm_core.chat_template import Message
 
 MAX_MESSAGES = 2048  # OpenAI's own bound
@@ -47,21 +48,36 @@ class ChatMessage(Wire):
     """The speaker's name, for templates that show it."""
     tool_call_id: str | None = None
     """Of role `tool`: the call that is answered."""
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
     """Of role `assistant`: the calls that it made."""
+    reasoning_content: str | None = None
+    """Of role `assistant`: what it thought, for templates that show it."""
+    reasoning: str | None = None
+    """The same, as vLLM calls it."""
 
     @model_validator(mode="after")
     def _is_something_we_can_render(self) -> ChatMessage:
-        if self.tool_calls:
-            raise wrong("unsupported", ".tool_calls", None)
+        if (self.model_extra or {}).get("function_call") is not None:
+            raise wrong("unsupported", ".function_call", None, successor="tool_calls")
         if self.content is None and self.role != "assistant":
             raise wrong("missing", ".content", None)
+        if self.role == "tool" and self.tool_call_id is None:
+            raise wrong("missing", ".tool_call_id", None)
         return self
 
     def for_template(self) -> Message:
-        fields = {"role": self.role, "content": self.content or ""}
-        optional = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return fields | {key: value for key, value in optional.items() if value is not None}
+        """What is said and done; a call's arguments are their text."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+        if self.role == "assistant":
+            if (thought := self.reasoning_content or self.reasoning) is not None:
+                message["reasoning_content"] = thought
+            if self.tool_calls:
+                message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return message
 
 
 class TemplateOptions(Wire):
@@ -94,7 +110,27 @@ class ChatRequest(GenerationRequest):
     """Whether the last message is continued, instead of answered."""
     chat_template_kwargs: TemplateOptions | None = None
     """Switches of the model's chat template."""
+    tools: Tools | None = None
+    """The functions that the model may call."""
+    tool_choice: ToolChoiceField | None = None
+    """Whether it may, must or must not call one, or which one it must."""
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may have several calls; it may by default."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """How much to think: `none` and `minimal` turn it off where the chat template can."""
 
     @property
     def messages_for_template(self) -> list[Message]:
         return [message.for_template() for message in self.messages]
+
+    @property
+    def template_options(self) -> dict[str, object]:
+        """What the template's own switches say, else what the effort means for them."""
+        options: dict[str, object] = {}
+        if self.reasoning_effort is not None:
+            thinks = self.reasoning_effort not in ("none", "minimal")
+            options = {"enable_thinking": thinks, "thinking": thinks}
+            options["reasoning_effort"] = self.reasoning_effort
+        if self.chat_template_kwargs is not None:
+            options |= self.chat_template_kwargs.model_dump(exclude_none=True)
+        return options

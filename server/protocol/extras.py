@@ -124,6 +124,9 @@ REFUSED: Mapping[str, Neutral] = {
     "xtc_probability": (0,),
 }
 
+# What took the place of a refused one.
+SUCCESSORS = {"functions": "tools", "function_call": "tool_choice"}
+
 # Fields that never change the answer of this server.
 IGNORED = frozenset(
     {
@@ -166,7 +169,7 @@ class UnknownFields:
                 continue
             if name in REFUSED:
                 if not any(_is_same(value, neutral) for neutral in REFUSED[name]):
-                    raise unsupported(name)
+                    raise unsupported(name, SUCCESSORS.get(name))
             elif self._is_strict:
                 raise unknown(name[:64])
             else:

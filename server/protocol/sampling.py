@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from server.protocol.base import GenerationRequest, Wire
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
+from server.protocol.tools import check_tools
 from skipllm_core.errors import ContextLengthError, InvalidRequestError
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
@@ -148,6 +149,7 @@ def check_combinations(request: ChatRequest | CompletionRequest) -> None:
                 code="integer_below_min_value",
             )
         return
+    check_tools(request.tools, request.tool_choice)
     if request.top_logprobs and not request.logprobs:
         raise _needs("top_logprobs", "logprobs")
     if request.continue_final_message and request.add_generation_prompt:

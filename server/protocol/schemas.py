@@ -102,6 +102,8 @@ class AssistantMessage(Described):
     content: str | None
     refusal: None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same, as vLLM calls it."""
     tool_calls: list[ToolCall] | None = None
 
 
@@ -153,6 +155,8 @@ class ChatDelta(Described):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same, as vLLM calls it."""
     tool_calls: list[ToolCallDelta] | None = None
 
 
@@ -259,5 +263,6 @@ class ServerInfo(BaseModel):
     engine: dict[str, Any]
     sampling_defaults: dict[str, Any]
     skip: dict[str, Any]
+    tools: dict[str, Any]
     num_running_requests: int
     num_unknown_fields_ignored: int

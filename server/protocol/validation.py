@@ -65,6 +65,23 @@ def first_fault(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     return _other_fault(param, kind, context, got)
 
 
+_MESSAGES = {
+    "function_parameters": "Invalid schema for '{param}': schema must be a JSON Schema of "
+    "'type: \"object\"', got {got}.",
+    "nested_too_deeply": "Invalid '{param}': nested deeper than {max_depth} levels.",
+    "string_pattern_mismatch": "Invalid '{param}': string does not match pattern. "
+    "Expected a string that matches the pattern '{pattern}'.",
+    "unsupported_value": "Invalid '{param}': {got} is not supported by this server. "
+    "Supported values are: {expected}.",
+    "too_many_bytes": "Invalid '{param}': larger than {max_bytes} bytes.",
+}
+
+
+def _told(kind: str, param: str, context: Mapping[str, Any], got: object) -> str:
+    message = _MESSAGES.get(kind, "Invalid value for '{param}'.")
+    return message.format_map({**context, "param": param, "got": _glimpse(got)})
+
+
 def _other_fault(
     param: str, kind: str, context: Mapping[str, Any], got: object
 ) -> InvalidRequestError:
@@ -75,27 +92,27 @@ def _other_fault(
         case "extra_forbidden":
             return unknown(param)
         case "unsupported":
-            return unsupported(param)
+            return unsupported(param, context.get("successor"))
         case "unsupported_value":
-            message = (
-                f"Invalid '{param}': {_glimpse(got)} is not supported by this server. "
-                f"Supported values are: {context['expected']}."
-            )
-            return _fault(param, message, kind)
+            return _fault(param, _told(kind, param, context, got), kind)
         case "content_type":
             message = f"Invalid content type: {_glimpse(got)}. This model reads text only."
         case "token_id":
             message = f"Invalid key in '{param}': {_glimpse(got)}. Expected a token id."
+        case "function_parameters":
+            return _fault(param, _told(kind, param, context, got), "invalid_function_parameters")
         case "literal_error":
             expected = context["expected"]
             message = f"Invalid value: {_glimpse(got)}. Supported values are: {expected}."
         case _:
-            message = f"Invalid value for '{param}'."
+            message = _told(kind, param, context, got)
     return _fault(param, message, "invalid_value")
 
 
-def unsupported(param: str) -> InvalidRequestError:
+def unsupported(param: str, successor: str | None = None) -> InvalidRequestError:
     message = f"Unsupported parameter: '{param}' is not supported by this server."
+    if successor is not None:
+        message += f" Use '{successor}' instead."
     return InvalidRequestError(message, param=param, code="unsupported_parameter")
 
 

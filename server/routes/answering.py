@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterator,
     Sequence,
 )
@@ -104,9 +105,10 @@ def submit(
     new_parser: Callable[[], AnswerParser] = PlainParser,
     *,
     constraint: Constraint | None = None,
+    shown_tokens: Collection[int] = (),
 ) -> Generation:
     """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed, and
-    all follow the constraint."""
+    all follow the constraint. Parsers see `shown_tokens` even where special ones are skipped."""
     skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
     check_prompt_logprobs(request, prompts)
     sequences = []
@@ -127,10 +129,13 @@ def submit(
     recorder = http.state.recorder
     num_prompt_tokens = sum(map(len, prompts))
     recorder.submitted(num_prompt_tokens)
+    detokenizers = (
+        _detokenizer(service, request, prompt_ids, shown_tokens) for prompt_ids, _ in sequences
+    )
     return Generation(
         [
-            Choice(index, stream, _detokenizer(service, request, prompt_ids), new_parser())
-            for index, (stream, (prompt_ids, _)) in enumerate(zip(streams, sequences, strict=True))
+            Choice(index, stream, detokenizer, new_parser())
+            for index, (stream, detokenizer) in enumerate(zip(streams, detokenizers, strict=True))
         ],
         n=request.n or 1,
         num_prompt_tokens=num_prompt_tokens,
@@ -248,7 +253,10 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
 
 
 def _detokenizer(
-    service: Service, request: ChatRequest | CompletionRequest, prompt_ids: Sequence[int]
+    service: Service,
+    request: ChatRequest | CompletionRequest,
+    prompt_ids: Sequence[int],
+    shown_tokens: Collection[int],
 ) -> Detokenizer:
     return Detokenizer(
         service.tokenizer,
@@ -256,6 +264,7 @@ def _detokenizer(
         stop=tuple(request.stop or ()),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
+        shown_tokens=shown_tokens,
         min_tokens=request.min_tokens or 0,
     )
 

@@ -14,6 +14,16 @@ from starlette.responses import Response
 from server.errors import ErrorReply, HTTPError
 from server.generation import Delta, Generation
 from server.openapi import answers
+from server.parts import (
+    Answer,
+    Content,
+    Part,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallBegin,
+    joined,
+    merged,
+)
 from server.protocol.answers import (
     chat_logprobs,
     prompt_logprobs,
@@ -34,7 +44,8 @@ from server.routes.answering import (
 from server.routes.chunks import ChunkStream, failure
 from server.routes.strict import StrictRouter
 from server.service import Service
-from server.tools.grammars import constraint_of
+from server.tools.prompting import prompt_of
+from server.tools.reading import reading_of, tools_told
 from skipllm_core.errors import ContextLengthError
 
 router = StrictRouter()
@@ -59,24 +70,37 @@ async def begin_chat(
     """A chat's prompt, and its generation under way. Every endpoint that chats begins here, and
     words a ContextLengthError itself."""
     refuse_early(service, body)
-    constraint = constraint_of(body)
     prompt_ids = await unless_disconnected(http.receive, encode_chat(service, body))
-    return prompt_ids, submit(service, http, body, [prompt_ids], constraint=constraint)
+    max_model_len = service.engine.info.max_model_len
+    reading = reading_of(service.chat_style, service.tokenizer, body, prompt_ids, max_model_len)
+    generation = submit(
+        service,
+        http,
+        body,
+        [prompt_ids],
+        reading.new_parser,
+        constraint=reading.constraint,
+        shown_tokens=reading.shown_tokens,
+    )
+    return prompt_ids, generation
 
 
 async def encode_chat(service: Service, body: ChatRequest) -> list[int]:
-    messages = body.messages_for_template
-    options = body.chat_template_kwargs
+    prompt = prompt_of(
+        service.chat_style,
+        body.messages_for_template,
+        [tool.for_template() for tool in tools_told(body)],
+    )
     encode = functools.partial(
         service.tokenizer.encode_chat,
-        messages,
+        prompt.messages,
+        tools=prompt.tools,
         add_generation_prompt=body.add_generation_prompt is not False
         and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
-        options=options.model_dump(exclude_none=True) if options is not None else None,
+        options=body.template_options,
     )
-    num_chars = sum(len(message["content"]) for message in messages)
-    return await encode_prompt(service, body, num_chars, encode)
+    return await encode_prompt(service, body, prompt.num_chars, encode)
 
 
 class ChatForm:
@@ -103,9 +127,9 @@ class ChatForm:
         for delta in answers:
             choice: dict[str, Any] = {
                 "index": delta.index,
-                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "message": _message(joined(delta.parts)),
                 "logprobs": None,
-                "finish_reason": delta.finish_reason,
+                "finish_reason": self._finish_reason(delta),
                 "stop_reason": self._stop_reason(delta),
                 "token_ids": None,
             }
@@ -131,10 +155,10 @@ class ChatForm:
             yield self._stream.chunk(choice, is_opening=True, **more)
 
     def events(self, delta: Delta) -> Iterator[bytes]:
-        if delta.text:
-            choice = self._choice(delta.index, {"content": delta.text})
-        else:  # its last tokens, which have no text
-            choice = self._choice(delta.index, {}, delta)
+        """A chunk for each part; the tokens' details are in the first."""
+        first, *rest = [_delta(part) for part in merged(delta.parts)] or [{}]
+        # Its last tokens may have no text: then their chunk ends the choice.
+        choice = self._choice(delta.index, first, None if first else delta)
         self._add_details(choice, delta)
         more: dict[str, Any] = {}
         if delta.skipped_layers:
@@ -144,7 +168,9 @@ class ChatForm:
             if (found := self._prompt_logprobs(delta)) is not None:
                 more["prompt_logprobs"] = found
         yield self._stream.chunk(choice, **more)
-        if delta.text and delta.finish_reason is not None:
+        for part in rest:
+            yield self._stream.chunk(self._choice(delta.index, part))
+        if first and delta.finish_reason is not None:
             yield self._stream.chunk(self._choice(delta.index, {}, delta))
 
     def closing(self) -> Iterator[bytes]:
@@ -160,7 +186,7 @@ class ChatForm:
             "index": index,
             "delta": delta,
             "logprobs": None,
-            "finish_reason": None if end is None else end.finish_reason,
+            "finish_reason": None if end is None else self._finish_reason(end),
             "stop_reason": None if end is None else self._stop_reason(end),
         }
 
@@ -174,9 +200,52 @@ class ChatForm:
             return None
         return prompt_logprobs(self._tokenizer, self._prompt_ids, found, num_top)
 
+    def _finish_reason(self, delta: Delta) -> str | None:
+        """As OpenAI has it: a function that was named is called, and that is no reason to stop."""
+        choice = self._body.tool_choice
+        is_named = choice is not None and choice.mode == "named"
+        return "stop" if is_named and delta.finish_reason == "tool_calls" else delta.finish_reason
+
     def _add_details(self, choice: dict[str, Any], delta: Delta) -> None:
         if self._body.logprobs:
             name = token_label if self._body.return_tokens_as_token_ids else token_text
             choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs, name)
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+    if answer.reasoning:
+        message |= _reasoning(answer.reasoning)
+    if answer.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in answer.tool_calls
+        ]
+    if not answer.content and (answer.reasoning or answer.tool_calls):
+        message["content"] = None
+    return message
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """By DeepSeek's name, which most clients read, and by the one that vLLM's read now."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    match part:
+        case Content(text):
+            return {"content": text}
+        case Reasoning(text):
+            return _reasoning(text)
+        case ToolCallBegin(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": call_id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case ToolCallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}

@@ -71,6 +71,7 @@ async def server_info(request: Request) -> Response:
                 "defaults": dataclasses.asdict(service.skip_defaults),
                 "profile": None if profile is None else _summary(profile),
             },
+            "tools": service.chat_style.summary(),
             "num_running_requests": service.lifecycle.num_running,
             "num_unknown_fields_ignored": service.unknown_fields.num_ignored,
         }

@@ -15,6 +15,7 @@ from server.protocol.base import TokenId, Wire
 from server.protocol.chat import MAX_MESSAGES, ChatMessage, ChatRequest, TemplateOptions
 from server.protocol.sampling import check_token_ids
 from server.protocol.schemas import Text, Tokens
+from server.protocol.tools import Tools
 from server.routes.chat import encode_chat
 from server.routes.strict import StrictRouter
 from server.service import Service
@@ -44,6 +45,8 @@ class TokenizeRequest(Wire):
     """Whether the last message is left open."""
     chat_template_kwargs: TemplateOptions | None = None
     """Switches of the model's chat template."""
+    tools: Tools | None = None
+    """The functions that the model is told of, with a conversation."""
     return_token_strs: bool | None = None
     """Whether to tell how the vocabulary spells the tokens."""
 
@@ -88,6 +91,7 @@ async def _encode(service: Service, body: TokenizeRequest) -> list[int]:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.tools,
         )
         return await encode_chat(service, chat)
     text = body.prompt if body.prompt is not None else body.content

@@ -116,16 +116,16 @@ def _json(schema: dict[str, Any], param: str, whitespace: str | None = None) -> 
         grammar = json_grammar(schema, whitespace)
     except RecursionError:
         raise _refusal(param, "nested too deeply") from None
-    return _checked(grammar, param)
+    return checked(grammar, param)
 
 
 def _regex(regex: str, param: str) -> Constraint:
-    return _checked(llguidance.LLMatcher.grammar_from_regex(regex), param)
+    return checked(llguidance.LLMatcher.grammar_from_regex(regex), param)
 
 
 def _choice(choices: list[str], param: str) -> Constraint:
     # One terminal: thousands of alternatives are dear in a rule, and cheap in a regex.
-    return _checked("start: CHOICE\nCHOICE: " + " | ".join(map(literal, choices)), param)
+    return checked("start: CHOICE\nCHOICE: " + " | ".join(map(literal, choices)), param)
 
 
 def _grammar(text: str, param: str) -> Constraint:
@@ -138,10 +138,10 @@ def _grammar(text: str, param: str) -> Constraint:
         except Exception as error:  # the translation raises nothing narrower
             reason = str(error)[:200]
             raise _refusal(param, f"no GBNF and no Lark grammar: {reason}") from None
-    return _checked(text, param)
+    return checked(text, param)
 
 
-def _checked(grammar: str, param: str) -> Constraint:
+def checked(grammar: str, param: str) -> Constraint:
     if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
         raise _refusal(param, f"larger than {MAX_GRAMMAR_BYTES} bytes")
     return Constraint(grammar, param)

@@ -106,6 +106,22 @@ def test_an_unsupported_model_is_told_before_its_profile_and_its_tokenizer(tmp_p
     assert run.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "No such file"), (b"\xff", "utf-8"), (b"{% if %}", "compile")]
+)
+def test_a_chat_template_that_cannot_be_used_is_told_in_one_line(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    template = tmp_path / "mine.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    run = skipllm("serve", "--chat-template", str(template), "--port", "0")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert reason in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
 def test_a_taken_port_is_told_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -209,3 +209,45 @@ def test_the_http_process_stays_answering_while_tokens_are_computed(demo: Served
         assert demo.status("/health") == 200
         slowest = max(slowest, time.monotonic() - start)
     assert slowest < 0.5
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "unit": {"enum": ["celsius", "fahrenheit"]},
+            "days": {"type": "integer"},
+        },
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": WEATHER}])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_call_that_is_asked_for_is_made_and_follows_its_schema(
+    demo: Served, choice: Any, seed: int
+) -> None:
+    answer = chat(
+        demo,
+        tools=[{"type": "function", "function": WEATHER}],
+        tool_choice=choice,
+        temperature=1,
+        seed=seed,
+    )
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    arguments = json.loads(call["function"]["arguments"])
+    assert isinstance(arguments["city"], str)
+    assert arguments["unit"] in ("celsius", "fahrenheit")
+    assert set(arguments) <= {"city", "unit", "days"}
+
+
+def test_a_chat_page_may_send_tools_with_every_message(demo: Served) -> None:
+    answer = chat(demo, tools=[{"type": "function", "function": WEATHER}])
+    assert answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] == "stop"

@@ -69,6 +69,7 @@ async def test_a_chat_answer_has_openais_form(singer: Server) -> None:
         "completion_tokens": 6,
         "total_tokens": num_prompt_tokens + 6,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
         "skip": {
             "token_skip_ratio": 0.0,
             "skipped_ffn_blocks": 0,

@@ -149,7 +149,7 @@ SKIPS: list[Case] = [
 UNSUPPORTED: list[Case] = [
     ({name: value}, name, "unsupported_parameter")
     for name, value in {
-        "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}],
+        "functions": [{}],
         "suffix": "x", "best_of": 2, "modalities": ["audio"], "audio": {"voice": "x"},
         "priority": 1, "chat_template": "{{ 1 }}",
         "echo": True, "add_special_tokens": True,

@@ -85,7 +85,6 @@ async def test_tokenizing_tells_what_a_request_would_cost(server: Server) -> Non
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/tokenize", {"messages": [HI], "tools": [{"type": "function"}]}, "tools"),
         ("/tokenize", {"messages": [HI], "chat_template": "{{ 1 }}"}, "chat_template"),
         ("/detokenize", {"tokens": [320]}, "tokens"),
     ],
