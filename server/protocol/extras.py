@@ -49,6 +49,7 @@ REFUSED: Mapping[str, Neutral] = {
     "chat_template": _NO,
     "documents": _NO,
     "ec_transfer_params": _NO,
+    "include_reasoning": (True,),
     "kv_transfer_params": _NO,
     "length_penalty": (1,),
     "logits_processors": _NO,
@@ -135,7 +136,7 @@ IGNORED = frozenset(
         "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier",
         "store", "user",
         # vLLM's
-        "guided_decoding_backend", "include_reasoning", "media_io_kwargs", "mm_payload",
+        "guided_decoding_backend", "media_io_kwargs", "mm_payload",
         "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
         "routed_experts_prompt_start", "session_id", "stream_interval",
         # SGLang's
