@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from server.protocol.tools import MAX_TOOLS
 from server.protocol.validation import path_of
 from server.protocol.wire import Wire, wrong
 
-MAX_TOOLS = 128  # of a request, as the chat has them
 MAX_PARTS = 8192  # of all contents of a request: they are looked at on the event loop
 
 W = TypeVar("W", bound=Wire)
