@@ -175,7 +175,7 @@ class DeviceSampler:
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
         logits = torch.where(self.is_seen[:num_rows], repeated, logits)
         logits = logits - frequency * counts - presence * (counts > 0)
-        return logits.masked_fill(self.is_barred[:num_rows], -torch.inf)
+        return logits.masked_fill_(self.is_barred[:num_rows], -torch.inf)
 
     def _draw(self, logits: Tensor, num_rows: int, kind: SamplingKind) -> Tensor:
         temperature, top_p, min_p = self.settings[:num_rows, :3, None].unbind(dim=1)
@@ -208,8 +208,9 @@ def _cut(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     kth_best = ranked.gather(1, top_k - 1)
     ranked = ranked.masked_fill(ranked < kth_best, -torch.inf)
     probs = ranked.softmax(dim=-1)
-    is_best = ranked == ranked[:, :1]
-    is_kept = (ranked >= kth_best) & ((probs.cumsum(dim=-1) - probs < top_p) | is_best)
+    is_kept = probs.cumsum(dim=-1) - probs < top_p
+    is_kept |= ranked == ranked[:, :1]  # the best
+    is_kept &= ranked >= kth_best
     cutoff = ranked.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
     return scores.masked_fill(scores < cutoff, -torch.inf)
 

@@ -84,12 +84,12 @@ def test_weights_that_a_device_has_no_room_for_are_told_alike(
         TorchModelRunner(config)
 
 
-def test_rows_and_sampler_take_18_bytes_per_row_and_token_of_the_vocabulary() -> None:
+def test_rows_and_sampler_take_19_bytes_per_row_and_token_of_the_vocabulary() -> None:
     rows = DeviceRows(
         max_num_rows=64, max_blocks=256, num_layers=32, vocab_size=32_000, device=NOWHERE
     )
-    # Logits, biases, counts and noise in 4 bytes; two masks in one.
-    per_logit = 64 * 32_000 * 18
+    # Logits, biases, counts and noise in 4 bytes; three masks in one.
+    per_logit = 64 * 32_000 * 19
     tables = 64 * 4 * (256 + 32 + 32)  # block tables, masks, skipped layers
     per_row = 13 * 512 + 1536  # thirteen of up to 8 bytes a row, and the settings of 24
     small = 2 * 512  # consensus, num_needed
