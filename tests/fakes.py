@@ -96,6 +96,10 @@ class FakeRunner:
         is_decode = batch.kind == "decode"
         if is_decode and seq.skip.policy != "never" and not seq.is_warming_up:
             skipped = self._skipped(seq)
+        if seq.grammar is not None and row.samples:
+            seq.grammar.mask()  # whoever samples waits for it
+            if seq.grammar.error is not None:
+                return RowResult(None, error=seq.grammar.error, is_request_fault=True)
         return RowResult(
             self._next_token(seq) if row.samples else None,
             skipped_layers=skipped,

@@ -266,7 +266,15 @@ class Engine:
                 outputs.append(self._end(seq, "length", self._output(seq, row_result)))
             elif row_result.prompt_logprobs:
                 outputs.append(self._output(seq, row_result))
-        self._grammars.move_on([row.seq for row in batch.rows if row.seq.awaits_mask])
+        # Those that took a token, and no others: a preempted row may be computed anew while its
+        # mask is being made, and nobody may make it twice.
+        self._grammars.move_on(
+            [
+                row.seq
+                for row, row_result in zip(batch.rows, result.rows, strict=True)
+                if row_result.token_id is not None and row.seq.awaits_mask
+            ]
+        )
         return tuple(outputs)
 
     def _output(self, seq: Sequence, row: RowResult) -> SeqOutput:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 
-from skipllm_core.grammar.compiler import Compilation, Grammar, GrammarCompiler, GrammarFault
+from skipllm_core.grammar.compiler import (
+    UNUSABLE,
+    Compilation,
+    Grammar,
+    GrammarCompiler,
+    GrammarFault,
+)
 from skipllm_core.grammar.masks import MaskMaker
 from skipllm_core.grammar.state import GrammarState
 from skipllm_core.sequence import Sequence
 from skipllm_core.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Grammars:
@@ -44,8 +53,13 @@ class Grammars:
                 continue
             del self._compiling[seq.seq_id]
             if isinstance(outcome, Grammar):
-                seq.grammar = GrammarState(outcome, seq.params)
-                yield seq, None
+                try:
+                    seq.grammar = GrammarState(outcome, seq.params)
+                except BaseException:  # what Rust panics with is no Exception
+                    logger.exception("a grammar cannot be followed")
+                    yield seq, GrammarFault(UNUSABLE, is_ours=True)
+                else:
+                    yield seq, None
             else:
                 yield seq, outcome
 

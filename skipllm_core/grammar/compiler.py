@@ -29,6 +29,8 @@ STACK_BYTES = 256 * 2**20
 MAX_ITEMS_IN_ROW = 10_000
 MAX_SYMBOLS = 30_000  # time and memory grow with these: 2 s, and tens of MiB, at the most
 
+UNUSABLE = "grammars cannot be used with this model"
+
 logger = logging.getLogger(__name__)
 
 
@@ -134,7 +136,7 @@ class GrammarCompiler:
                 outcome = self._compile(compilation)
             except BaseException:  # what Rust panics with is no Exception
                 logger.exception("a grammar cannot be compiled")
-                outcome = GrammarFault("grammars cannot be used with this model", is_ours=True)
+                outcome = GrammarFault(UNUSABLE, is_ours=True)
             compilation.end(outcome)
             self._on_done()
 

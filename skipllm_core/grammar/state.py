@@ -63,12 +63,16 @@ class GrammarState:
 
     def accept(self, token_id: int) -> None:
         """Moves on. Unless that completes the text, somebody has to `fill` the next mask."""
+        assert self.is_ready, "its mask is still being made"
         self._ready.clear()
         self._num_tokens += 1
-        if not self._matcher.consume_token(token_id):
-            self._fail(self._matcher.get_error())
-        else:
-            self.is_complete = self._matcher.is_stopped()
+        try:
+            if self._matcher.consume_token(token_id):
+                self.is_complete = self._matcher.is_stopped()
+            else:
+                self._fail(self._matcher.get_error())
+        except BaseException as error:  # what Rust panics with is no Exception
+            self._fail(str(error))
 
     def fill(self) -> None:
         """Makes the next mask. In any thread, while nobody else does anything but wait for it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,8 @@ from llguidance import LLMatcher
 
 from skipllm_core.engine.engine import Engine
 from skipllm_core.engine.runner import Batch, RowResult, ScheduledSeq, StepResult
-from skipllm_core.grammar.compiler import new_matcher
+from skipllm_core.grammar.compiler import Grammar, new_matcher
+from skipllm_core.grammar.state import GrammarState
 from skipllm_core.grammar.vocabulary import Vocabulary
 from skipllm_core.sequence import Sequence
 from skipllm_core.tokenizer import ByteTokenizer, Tokenizer
@@ -42,7 +45,7 @@ class LateGrammarRunner(LateFakeRunner):
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         for row in batch.rows:
-            if row.seq.grammar is not None:
+            if row.seq.grammar is not None and row.samples:
                 assert row.seq.num_pending_tokens == 0
                 assert row.seq.grammar.is_ready
             self._twin(row.seq).grammar = row.seq.grammar
@@ -122,6 +125,37 @@ def test_preempted_texts_go_on_where_they_were(runner_type: type[FakeRunner]) ->
     texts, num_preemptions = serve(num_kv_blocks=24)
     assert num_preemptions > 0
     assert texts == serve(num_kv_blocks=256)[0]
+
+
+@RUNNERS
+def test_a_mask_is_made_once_though_its_row_is_preempted_meanwhile(
+    runner_type: type[FakeRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_made: Counter[GrammarState] = Counter()
+    num_accepted: Counter[GrammarState] = Counter()
+    fill, accept = GrammarState.fill, GrammarState.accept
+
+    def fill_slowly(state: GrammarState) -> None:
+        num_made[state] += 1
+        time.sleep(0.005)  # some steps of the others
+        fill(state)
+
+    def accept_counted(state: GrammarState, token_id: int) -> None:
+        num_accepted[state] += 1
+        accept(state, token_id)
+
+    monkeypatch.setattr(GrammarState, "fill", fill_slowly)
+    monkeypatch.setattr(GrammarState, "accept", accept_counted)
+    engine = engine_of(
+        runner_type(next_token=drawn, num_kv_blocks=24, block_size=4), max_model_len=80
+    )
+    for seq_id in range(6):
+        params = replace(PEOPLE if seq_id % 2 else PLAIN, max_tokens=70, seed=seq_id)
+        engine.add(seq_id, [40] * 5, params)
+    outputs = run(engine)
+    assert sum(outputs[seq_id][-1].num_preemptions for seq_id in (1, 3, 5)) > 0
+    assert {outputs[seq_id][-1].finish_reason for seq_id in range(6)} <= {"stop", "length"}
+    assert all(num_made[state] <= num_accepted[state] for state in num_accepted)
 
 
 @RUNNERS
@@ -286,3 +320,52 @@ def test_an_idle_engine_returns_while_a_grammar_is_compiled() -> None:
         assert engine.has_work
     may_load.set()
     assert run(engine)[0][-1].finish_reason == "stop"
+
+
+def test_a_panic_ends_its_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """What the extension raises when Rust panics is no Exception."""
+
+    class Matcher:
+        def __init__(self, matcher: LLMatcher) -> None:
+            self._matcher = matcher
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._matcher, name)
+
+        def consume_token(self, token_id: int) -> bool:
+            raise Panic("it is broken\nin many lines")
+
+    engine = engine_of()
+    engine.add(0, [40], PEOPLE)
+    engine.add(1, [40], PLAIN)
+    engine.add(2, [40], replace(PEOPLE, grammar='start: "yes"'))
+    begin = GrammarState.__init__
+
+    def begin_broken(state: GrammarState, grammar: Grammar, params: SamplingParams) -> None:
+        begin(state, grammar, params)
+        if params is PEOPLE:
+            state._matcher = Matcher(state._matcher)  # type: ignore[assignment]
+
+    monkeypatch.setattr(GrammarState, "__init__", begin_broken)
+    outputs = run(engine)
+    assert outputs[0][-1].error == "it is broken"
+    assert tokens(outputs[1]) == counted_up(40, 30)
+    assert text_of(outputs[2]) == "yes"
+    assert_pool_is_whole(engine)
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_sequence_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def begin(state: GrammarState, grammar: Grammar, params: SamplingParams) -> None:
+        raise RuntimeError("a copy cannot be made")
+
+    monkeypatch.setattr(GrammarState, "__init__", begin)
+    engine = engine_of()
+    engine.add(0, [40], PEOPLE)
+    engine.add(1, [40], PLAIN)
+    outputs = run(engine)
+    assert outputs[0][-1].finish_reason == "error"
+    assert not outputs[0][-1].is_request_fault
+    assert tokens(outputs[1]) == counted_up(40, 30)
