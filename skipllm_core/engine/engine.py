@@ -11,6 +11,7 @@ from functools import partial
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.block_manager import BlockManager, max_cached_tokens
+from skipllm_core.engine.counts import count_tokens
 from skipllm_core.engine.grammars import Grammars
 from skipllm_core.engine.in_flight import StepInFlight, launch
 from skipllm_core.engine.runner import (
@@ -345,21 +346,7 @@ class Engine:
         outputs: tuple[SeqOutput, ...],
         duration_s: float,
     ) -> StepStats:
-        is_decode = batch.kind == "decode"
-        num_skippable = num_prompt_tokens = 0
-        num_skipped = [0] * self.info.num_layers  # tokens, per layer
-        for row, row_result in zip(batch.rows, result.rows, strict=True):
-            if row_result.error is not None:
-                continue
-            if is_decode:
-                num_skippable += 1
-                for layer in row_result.skipped_layers:
-                    num_skipped[layer] += 1
-                continue
-            num_prompt_tokens += row.num_tokens
-            if (skips := row_result.prompt_skips) is not None:
-                num_skippable += skips.num_tokens
-                num_skipped = [a + b for a, b in zip(num_skipped, skips.num_skipping, strict=True)]
+        counts = count_tokens(batch, result, self.info.num_layers)
         return StepStats(
             kind=batch.kind,
             duration_s=duration_s,
@@ -368,13 +355,13 @@ class Engine:
             num_waiting=len(self._scheduler.waiting) + self._grammars.num_compiling,
             num_kv_blocks_used=self._blocks.num_used,
             num_kv_blocks=self._blocks.num_blocks,
-            num_prompt_tokens=num_prompt_tokens,
+            num_prompt_tokens=counts.num_prompt_tokens,
             num_generated_tokens=sum(len(output.token_ids) for output in outputs),
             num_preemptions=step.num_preemptions,
             num_prefix_cache_queries=step.num_prefix_cache_queries,
             num_prefix_cache_hits=step.num_prefix_cache_hits,
-            ffn_computed=tuple([num_skippable - n for n in num_skipped]) if num_skippable else (),
-            ffn_skipped=tuple(num_skipped) if num_skippable else (),
+            ffn_computed=counts.ffn_computed,
+            ffn_skipped=counts.ffn_skipped,
             ffn_weight_reads=result.ffn_weight_reads,
             ffn_weight_reads_avoided=result.ffn_weight_reads_avoided,
         )
