@@ -9,6 +9,7 @@ from typing import Any
 from server.protocol.chat import ChatRequest
 from server.protocol.messages import (
     CountTokensRequest,
+    JSONFormat,
     Message,
     MessagesRequest,
     TextBlock,
@@ -48,12 +49,13 @@ def to_chat(body: CountTokensRequest) -> tuple[ChatRequest, Mapping[str, str]]:
         messages.say("system", body.system, "system")
     for index, message in enumerate(body.messages):
         _add(messages, message, f"messages[{index}]")
+    form = "output_config.format" if body.output_format is None else "output_format"
     names = {
         **messages.names,
         "max_completion_tokens": "max_tokens",
         "reasoning_effort": "output_config.effort",
-        "response_format": "output_config.format",
-        "response_format.json_schema": "output_config.format",
+        "response_format": form,
+        "response_format.json_schema": form,
         "stop": "stop_sequences",
         "tool_choice.function": "tool_choice",
     }
@@ -82,14 +84,14 @@ def _passed_on(body: CountTokensRequest) -> dict[str, object]:
 
 def _parameters(body: CountTokensRequest) -> dict[str, Any]:
     fields: dict[str, Any] = {"model": body.model}
-    choice, output = body.tool_choice, body.output_config
+    choice, form = body.tool_choice, _form(body)
     if body.tools is not None:
         fields["tools"] = [tool.for_chat() for tool in body.tools]
     if choice is not None:
         fields["tool_choice"] = choice.for_chat()
         fields["parallel_tool_calls"] = False if choice.disable_parallel_tool_use else None
-    if output is not None and output.format is not None:
-        schema = {"name": "output", "schema": output.format.schema_, "strict": True}
+    if form is not None:
+        schema = {"name": "output", "schema": form.schema_, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     fields["reasoning_effort"] = _effort(body)
     if isinstance(body, MessagesRequest):
@@ -103,6 +105,12 @@ def _parameters(body: CountTokensRequest) -> dict[str, Any]:
             "top_p": body.top_p,
         }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _form(body: CountTokensRequest) -> JSONFormat | None:
+    if body.output_format is not None:
+        return body.output_format
+    return None if body.output_config is None else body.output_config.format
 
 
 def _effort(body: CountTokensRequest) -> str | None:

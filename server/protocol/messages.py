@@ -206,6 +206,8 @@ class CountTokensRequest(Wire):
     """Whether to think; without it, not, where the chat template has a choice."""
     output_config: OutputConfig | None = None
     """The form of the answer, and how much to think."""
+    output_format: JSONFormat | None = None
+    """The form of the answer, as earlier clients say it."""
 
 
 class MessagesRequest(CountTokensRequest):

@@ -34,10 +34,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import llguidance
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from server.protocol.base import GenerationRequest
 from server.protocol.structured import ResponseFormat, StructuredOutputs
+from server.tools import gbnf
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.tokenizer import Tokenizer
 from skipllm_core.types import MAX_GRAMMAR_BYTES
@@ -130,11 +130,12 @@ def _choice(choices: list[str], param: str) -> Constraint:
 
 def _grammar(text: str, param: str) -> Constraint:
     """Lark as it is; anything else is taken for GBNF."""
-    if not is_lark_syntax(text):
+    checked(text, param)  # its length
+    if gbnf.is_gbnf(text):
         if len(text) > MAX_GBNF_BYTES or text.count("::=") > MAX_GBNF_RULES:
             raise _refusal(param, f"at most {MAX_GBNF_BYTES} bytes and {MAX_GBNF_RULES} rules")
         try:
-            text = gbnf_to_lark(text)
+            text = gbnf.lark_of(text)
         except Exception as error:  # the translation raises nothing narrower
             reason = str(error)[:200]
             raise _refusal(param, f"no GBNF and no Lark grammar: {reason}") from None

@@ -33,8 +33,15 @@ def explain(error: str, text: str, vocabulary: Vocabulary) -> str:
     return message
 
 
+# llguidance's error about a schema in a Lark grammar: where it stands, what it is, an excerpt.
+_IN_LARK = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*?)\n +\d+ \| .*", re.S)
+
+
 def _cause(error: str) -> str:
-    """Without the reference that led to it, which differs with where one begins to read."""
+    """Without what differs with where one begins to read: the reference that led to it, and the
+    grammar around it."""
+    if found := _IN_LARK.fullmatch(error):
+        error = found[1]
     return re.sub(r"\s*while processing json-schema:\S*", "", error)
 
 
@@ -50,15 +57,27 @@ def _worded(error: str) -> str:
 
 
 def _schemas_in(text: str) -> Iterator[dict[str, Any]]:
-    if not text.lstrip().startswith("{"):
-        return
-    try:
-        grammars = json.loads(text)["grammars"]
-    except (ValueError, KeyError, RecursionError):
-        return
+    grammars: list[dict[str, Any]] = [{"lark_grammar": text}]
+    if text.lstrip().startswith("{"):
+        try:
+            grammars = json.loads(text)["grammars"]
+        except (ValueError, KeyError, RecursionError):
+            return
     for grammar in grammars:
         if isinstance(schema := grammar.get("json_schema"), dict):
             yield schema
+        if isinstance(lark := grammar.get("lark_grammar"), str):
+            yield from _schemas_in_lark(lark)
+
+
+def _schemas_in_lark(lark: str) -> Iterator[dict[str, Any]]:
+    decoder = json.JSONDecoder()
+    for begin in re.finditer(r"%json\s*(?=\{)", lark):
+        try:
+            schema, _ = decoder.raw_decode(lark, begin.end())
+        except (ValueError, RecursionError):
+            continue
+        yield schema
 
 
 def _error_in(schema: Mapping[str, Any], vocabulary: Vocabulary) -> str:

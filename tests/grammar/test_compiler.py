@@ -130,6 +130,17 @@ def test_a_bad_schema_is_told_where_it_is_bad(schema: dict[str, Any], message: s
     assert message in fault(of_schema(schema))
 
 
+def test_a_bad_schema_within_another_grammar_is_told_alike_and_nothing_of_what_is_around_it() -> (
+    None
+):
+    schema = {"properties": {"a": {"items": {"not": {}}}}}
+    lark = f'start: "x" json\njson: %json {json.dumps(schema)}'
+    text = "at properties.a.items: the keyword 'not' is not supported"
+    assert fault(lark) == text
+    around = [{"lark_grammar": "start: @calls"}, {"lark_grammar": lark, "name": "calls"}]
+    assert fault(json.dumps({"grammars": around})) == text
+
+
 @pytest.mark.parametrize(
     "text", ["start: nothing", "start: (", "", "start: <|nothing|>", "{", "{}", '{"grammars": []}']
 )

@@ -225,6 +225,7 @@ async def test_parameters_reach_the_engine(server: Server) -> None:
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_format": {"type": "json_schema", "schema": {"not": {}}}}, "output_format.schema"),
         ({"skip": {"ratio": 2}}, "skip.ratio"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"container": "c"}, "container"),
