@@ -28,6 +28,9 @@ STACK_BYTES = 256 * 2**20
 # Alternatives at one place: an object's optional properties are 4 each.
 MAX_ITEMS_IN_ROW = 10_000
 MAX_SYMBOLS = 30_000  # time and memory grow with these: 2 s, and tens of MiB, at the most
+# Of llguidance's own measure of work on regular expressions: a second. Whoever takes longer has an
+# answer after COMPILE_LIMIT_S, yet holds a thread until it is done.
+MAX_REGEX_WORK = 300_000
 
 UNUSABLE = "grammars cannot be used with this model"
 
@@ -159,6 +162,9 @@ class GrammarCompiler:
 
 def new_matcher(vocabulary: Vocabulary, text: str) -> LLMatcher:
     limits = LLParserLimits(
-        max_items_in_row=MAX_ITEMS_IN_ROW, max_grammar_size=MAX_SYMBOLS, verbose_errors=False
+        max_items_in_row=MAX_ITEMS_IN_ROW,
+        max_grammar_size=MAX_SYMBOLS,
+        initial_lexer_fuel=MAX_REGEX_WORK,
+        verbose_errors=False,
     )
     return LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)

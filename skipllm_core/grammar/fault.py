@@ -13,6 +13,7 @@ from llguidance import LLMatcher
 from skipllm_core.grammar.vocabulary import Vocabulary
 
 MAX_MESSAGE_CHARS = 300
+MAX_READ_CHARS = 4096
 SEARCH_LIMIT_S = 0.3
 
 # Keywords whose value is a schema, holds schemas by name, or lists them.
@@ -34,15 +35,18 @@ def explain(error: str, text: str, vocabulary: Vocabulary) -> str:
 
 
 # llguidance's error about a schema in a Lark grammar: where it stands, what it is, an excerpt.
-_IN_LARK = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*?)\n +\d+ \| .*", re.S)
+_IN_LARK = re.compile(
+    r"at \d+\(\d+\): failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?", re.S
+)
 
 
 def _cause(error: str) -> str:
     """Without what differs with where one begins to read: the reference that led to it, and the
-    grammar around it."""
+    grammar around it. Of a long one, its beginning: some quote the whole text."""
+    error = error[:MAX_READ_CHARS]
     if found := _IN_LARK.fullmatch(error):
         error = found[1]
-    return re.sub(r"\s*while processing json-schema:\S*", "", error)
+    return re.sub(r"\s?while processing json-schema:\S*", "", error)
 
 
 def _worded(error: str) -> str:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from skipllm_core.grammar import compiler as compilers
-from skipllm_core.grammar.compiler import Compilation, Grammar, GrammarCompiler, GrammarFault
+from skipllm_core.grammar.compiler import (
+    Compilation,
+    Grammar,
+    GrammarCompiler,
+    GrammarFault,
+    new_matcher,
+)
+from skipllm_core.grammar.vocabulary import Vocabulary
 from skipllm_core.tokenizer import ByteTokenizer, Tokenizer
 from skipllm_core.types import MAX_GRAMMAR_BYTES
 from tests.grammar.texts import VOCAB, of_schema, outcome_of
@@ -139,6 +147,28 @@ def test_a_bad_schema_within_another_grammar_is_told_alike_and_nothing_of_what_i
     assert fault(lark) == text
     around = [{"lark_grammar": "start: @calls"}, {"lark_grammar": lark, "name": "calls"}]
     assert fault(json.dumps({"grammars": around})) == text
+
+
+def test_an_error_that_quotes_a_long_text_is_soon_told() -> None:
+    pattern = "(" * 30_000  # followed, in the error, by as many spaces
+    start_s = time.process_time()
+    message = fault(of_schema({"properties": {"a": {"type": "string", "pattern": pattern}}}))
+    assert message.startswith("at properties.a: regex parse error")
+    assert len(message) < 400
+    assert time.process_time() - start_s < 2
+
+
+# Both were 5 s and more of work, which goes on when its request has been told of the limit.
+DOUBLING = "\n".join(
+    ["start:" + " R1" * 8, *(f"R{i}:{f' R{i + 1}' * 8}" for i in range(1, 40)), 'R40: "a"']
+)
+
+
+@pytest.mark.parametrize("text", [DOUBLING, "start: /(a{1000}){1000}/"])
+def test_no_grammar_holds_its_thread_for_long(text: str) -> None:
+    start_s = time.process_time()
+    new_matcher(Vocabulary.of(ByteTokenizer(), VOCAB), text).compute_bitmask()
+    assert time.process_time() - start_s < 3
 
 
 @pytest.mark.parametrize(
