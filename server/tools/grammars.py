@@ -53,6 +53,18 @@ WHITESPACE = r"( |\r?\n[ \t]{0,32})"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 TEXT = r"/(.|\n)*/"
 
+FORMATS = frozenset(
+    {
+        "date", "date-time", "duration", "email", "hostname", "idn-email", "idn-hostname", "ipv4",
+        "ipv6", "iri", "iri-reference", "json-pointer", "regex", "relative-json-pointer", "time",
+        "uri", "uri-reference", "uri-template", "uuid",
+    }
+)  # fmt: skip
+# Keywords whose value is a schema, holds schemas by name, or lists them.
+_SINGLE = frozenset({"additionalProperties", "items"})
+_NAMED = frozenset({"$defs", "definitions", "patternProperties", "properties"})
+_LISTED = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
@@ -166,7 +178,26 @@ def bounded(schema: Mapping[str, Any], whitespace: str | None = None) -> dict[st
     options |= given if isinstance(given, dict) else {}
     # With a name of its own a schema's references to itself would be taken for another document's.
     nameless = {key: value for key, value in schema.items() if key not in ("$id", "id")}
-    return {**nameless, "x-guidance": options}
+    return {**_without_private_formats(nameless), "x-guidance": options}
+
+
+def _without_private_formats(schema: Any) -> Any:
+    """A schema without the formats that JSON Schema does not define ("password", "path", "int32"):
+    they are notes, which say nothing of the text. One that it does define is kept, or refused."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        if key == "format" and isinstance(value, str) and value not in FORMATS:
+            continue
+        if key in _NAMED and isinstance(value, dict):
+            value = {name: _without_private_formats(part) for name, part in value.items()}
+        elif key in _LISTED and isinstance(value, list):
+            value = [_without_private_formats(part) for part in value]
+        elif key in _SINGLE:
+            value = _without_private_formats(value)
+        kept[key] = value
+    return kept
 
 
 def literal(text: str) -> str:

@@ -109,3 +109,28 @@ def test_text_is_quoted_for_lark() -> None:
     for text in ('"', "\\", "\n", "é日本🚀", "\x00", "</a>", "/"):
         grammar = compiled(f"start: {literal(text)}")
         assert feed(GrammarState(grammar, SamplingParams(max_tokens=99)), text.encode()).is_complete
+
+
+def test_formats_that_json_schema_does_not_define_say_nothing() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "format": {"type": "string", "format": "password"},
+            "paths": {"items": {"$ref": "#/$defs/Path"}},
+            "day": {"anyOf": [{"type": "string", "format": "date"}, {"format": "path"}]},
+        },
+        "default": {"format": "path"},
+        "$defs": {"Path": {"type": "string", "format": "path"}},
+    }
+    (grammar,) = json.loads(json_grammar(schema))["grammars"]
+    del grammar["json_schema"]["x-guidance"]
+    assert grammar["json_schema"] == {
+        "type": "object",
+        "properties": {
+            "format": {"type": "string"},
+            "paths": {"items": {"$ref": "#/$defs/Path"}},
+            "day": {"anyOf": [{"type": "string", "format": "date"}, {}]},
+        },
+        "default": {"format": "path"},
+        "$defs": {"Path": {"type": "string"}},
+    }
