@@ -3,6 +3,7 @@
 They run on the scripted model: some of them want an answer that understands the question
 (`magic_function(3)` called with 3, a city for the weather), which it gives by construction."""
 
+from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
 import httpx
@@ -18,6 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 class TestChatCompletions(ChatModelIntegrationTests):
     url: ClassVar[str]
+    http: httpx.AsyncClient
+
+    @pytest.fixture(autouse=True)
+    async def closed_with_its_event_loop(self) -> AsyncIterator[None]:
+        """LangChain's own asynchronous client outlives a test, and so the test's event loop."""
+        async with httpx.AsyncClient() as self.http:
+            yield
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
@@ -36,8 +44,7 @@ class TestChatCompletions(ChatModelIntegrationTests):
             "api_key": "none",
             "max_retries": 0,
             "stream_usage": True,  # LangChain asks no server but OpenAI's own for it
-            # its own asynchronous client outlives a test, and so the event loop of the test
-            "http_async_client": httpx.AsyncClient(),
+            "http_async_client": self.http,
         }
 
     @property

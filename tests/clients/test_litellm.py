@@ -5,6 +5,7 @@ import os
 from typing import Any, Literal
 
 import pytest
+from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 from tests.clients.scripted import ARGUMENTS, GREETING_TEXT
@@ -52,10 +53,15 @@ def test_a_completion_is_answered(embedded: Served, provider: str) -> None:
 
 
 async def test_a_completion_streams(embedded: Served) -> None:
-    stream = await litellm.acompletion(
-        **at(embedded, "skipllm-demo"), messages=FRANCE, temperature=0, stream=True
-    )
-    chunks = [chunk async for chunk in stream]
+    async with AsyncOpenAI(base_url=f"{embedded.url}/v1", api_key="none") as client:
+        stream = await litellm.acompletion(
+            **at(embedded, "skipllm-demo"),
+            messages=FRANCE,
+            temperature=0,
+            stream=True,
+            client=client,  # its own is never closed
+        )
+        chunks = [chunk async for chunk in stream]
     assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
