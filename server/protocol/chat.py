@@ -118,6 +118,8 @@ class ChatRequest(GenerationRequest):
     """Whether an answer may have several calls; it may by default."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """How much to think: `none` and `minimal` turn it off where the chat template can."""
+    include_reasoning: bool | None = None
+    """Whether reasoning is told, apart from the content; it is by default."""
 
     @property
     def messages_for_template(self) -> list[Message]:

@@ -127,7 +127,7 @@ class ChatForm:
         for delta in answers:
             choice: dict[str, Any] = {
                 "index": delta.index,
-                "message": _message(joined(delta.parts)),
+                "message": _message(joined(self._told(delta))),
                 "logprobs": None,
                 "finish_reason": self._finish_reason(delta),
                 "stop_reason": self._stop_reason(delta),
@@ -156,7 +156,10 @@ class ChatForm:
 
     def events(self, delta: Delta) -> Iterator[bytes]:
         """A chunk for each part; the tokens' details are in the first."""
-        first, *rest = [_delta(part) for part in merged(delta.parts)] or [{}]
+        parts = self._told(delta)
+        if not parts and delta.parts and delta.finish_reason is None:
+            return
+        first, *rest = [_delta(part) for part in merged(parts)] or [{}]
         # Its last tokens may have no text: then their chunk ends the choice.
         choice = self._choice(delta.index, first, None if first else delta)
         self._add_details(choice, delta)
@@ -178,6 +181,12 @@ class ChatForm:
 
     def failure(self, reply: ErrorReply) -> bytes:
         return failure(reply)
+
+    def _told(self, delta: Delta) -> tuple[Part, ...]:
+        """The parts that the client wants to see."""
+        if self._body.include_reasoning is not False:
+            return delta.parts
+        return tuple(part for part in delta.parts if not isinstance(part, Reasoning))
 
     def _choice(
         self, index: int, delta: dict[str, Any], end: Delta | None = None

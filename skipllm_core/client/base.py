@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from skipllm_core.client.stream import RequestStream
 from skipllm_core.engine.block_manager import max_cached_tokens
@@ -112,14 +112,8 @@ class EngineClient(ABC):
         if params.max_tokens < 0:
             raise InvalidRequestError("max_tokens must not be negative", param="max_tokens")
         # An id outside the vocabulary would fail the forward of everyone in its batch.
-        if min(prompt_ids) < 0 or max(prompt_ids) >= info.vocab_size:
-            raise InvalidRequestError(
-                f"token ids must be in 0..{info.vocab_size - 1}", param="prompt"
-            )
-        if any(not 0 <= token_id < info.vocab_size for token_id, _ in params.logit_bias):
-            raise InvalidRequestError(
-                f"token ids must be in 0..{info.vocab_size - 1}", param="logit_bias"
-            )
+        _refuse_unknown_ids("prompt", (min(prompt_ids), max(prompt_ids)), info.vocab_size)
+        _refuse_unknown_ids("logit_bias", (i for i, _ in params.logit_bias), info.vocab_size)
         if params.skip.policy not in info.skip_policies:
             raise InvalidRequestError(
                 f"The skip policy {params.skip.policy} leaves out attention, which the decode "
@@ -172,3 +166,14 @@ class EngineClient(ABC):
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(EngineDeadError(reason))
+
+
+def _refuse_unknown_ids(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"Invalid '{param}': token id {token_id} is out of vocabulary, which has the ids "
+                f"0 to {vocab_size - 1}.",
+                param=param,
+                code="invalid_value",
+            )

@@ -309,6 +309,21 @@ async def test_streamed_reasoning_comes_in_deltas_of_its_own() -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == "Hello"
 
 
+async def test_reasoning_that_nobody_wants_is_counted_and_not_told() -> None:
+    said, wish = "<think>Hm</think>Hello", {"include_reasoning": False}
+    async with running(saying(said), chat_style=thinking()) as server:
+        content = (await server.chat(**wish)).json()
+    assert content["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "Hello",
+        "refusal": None,
+    }
+    assert content["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    chunks = await streamed(said, style=thinking(), tools=None, **wish)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[1:-1]]
+    assert "".join(delta["content"] for delta in deltas) == "Hello"
+
+
 async def test_stop_strings_end_the_answer_and_not_the_thought() -> None:
     text = "<think>Paris.\nOr Rome.</think>Paris.\nYes."
     choice = await asked(text, style=thinking(), stop=["\n"])
