@@ -160,14 +160,17 @@ async def test_a_choice_of_tools_reaches_the_engine_as_a_grammar(caller: Server)
     choice = {"type": "allowed_tools", "mode": "required", "tools": [
         {"type": "function", "name": "weather"}
     ]}  # fmt: skip
-    grammars = []
-    for chosen in ("required", {"type": "function", "name": "weather"}, choice):
-        await respond(caller, tools=FUNCTIONS, tool_choice=chosen)
-        grammars.append(caller.runner.batches[-1].rows[0].seq.params.grammar)
-    for chosen in ({"type": "any"}, {"type": "tool", "name": "weather"}):
-        await send(caller, tools=TOOLS, tool_choice=chosen)
-        grammars.append(caller.runner.batches[-1].rows[0].seq.params.grammar)
-    assert all(grammars)
+    least = {"responses": {"input": "hi"}, "messages": {"messages": [USER], "max_tokens": 9}}
+    named = {"type": "function", "name": "weather"}
+    wishes: list[tuple[str, Any, Any]] = [
+        *(("responses", FUNCTIONS, chosen) for chosen in ("required", named, choice)),
+        *(("messages", TOOLS, chosen) for chosen in ({"type": "any"}, {**named, "type": "tool"})),
+    ]
+    for path, tools, chosen in wishes:
+        # What this model says is no call alone, so that the grammar may end the answer.
+        body = {**least[path], "tools": tools, "tool_choice": chosen}
+        assert (await caller.post(f"/v1/{path}", body)).status_code in (200, 400)
+        assert caller.runner.batches[-1].rows[0].seq.params.grammar is not None
 
 
 async def test_the_clients_read_calls(caller: Server) -> None:
