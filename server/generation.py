@@ -163,6 +163,8 @@ class Generation:
             skip=SkipUsage(
                 skipped_ffn_blocks=sum(skip.skipped_ffn_blocks for skip in skips),
                 total_ffn_blocks=sum(skip.total_ffn_blocks for skip in skips),
+                skipped_ffn_rows=sum(skip.skipped_ffn_rows for skip in skips),
+                total_ffn_rows=sum(skip.total_ffn_rows for skip in skips),
                 warmup_tokens=sum(skip.warmup_tokens for skip in skips),
             ),
         )

@@ -356,7 +356,7 @@ class Settings(BaseModel):
         if self.min_agreement is not None and profile is not None:
             ratio = _ratio_at_agreement(profile, self.min_agreement)
         if ratio is None and self.skip_threshold is None and profile is not None:
-            ratio = min(DEFAULT_SKIP_RATIO, profile.max_ratio)
+            ratio = min(DEFAULT_SKIP_RATIO, profile.max_ratio("ffn_skip"))
         defaults = SkipDefaults(
             policy=self.skip_policy or ("never" if profile is None else "ffn_skip"),
             ratio=ratio,
@@ -373,9 +373,9 @@ class Settings(BaseModel):
 
 
 def _ratio_at_agreement(profile: SkipProfile, least: float) -> float:
-    ratio = profile.ratio_at_agreement(least)
+    ratio = profile.ratio_at_agreement("ffn_skip", least)
     if ratio is None:
-        best = max((point.top1_agreement for point in profile.points), default=1.0)
+        best = max((point.top1_agreement for point in profile.ffn_skip), default=1.0)
         raise ConfigError(
             f"--min-agreement {least:g}: the skip profile's best is {best:.3f}; ask for less, or "
             "use --skip-policy never"

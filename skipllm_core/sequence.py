@@ -6,7 +6,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from skipllm_core.types import SamplingParams, SkipUsage
+from skipllm_core.types import ROWS_PER_NEURON, SamplingParams, SkipUsage
 
 if TYPE_CHECKING:  # its libraries would be loaded for `--help`, too
     from skipllm_core.grammar.state import GrammarState
@@ -66,6 +66,7 @@ class Sequence:
         self.queue_s: float | None = None  # set when first scheduled
         self.num_skippable_tokens = 0  # that usage counts: decoded ones, or as if decoded
         self.num_skipped_ffn_blocks = 0
+        self.num_left_out_neuron_rows = 0  # of blocks that were not skipped
 
     @property
     def num_tokens(self) -> int:
@@ -132,10 +133,15 @@ class Sequence:
             most = min(most, self.num_told_prompt_tokens)
         return most
 
-    def skip_usage(self, num_layers: int) -> SkipUsage:
+    def skip_usage(self, num_layers: int, num_neurons: int) -> SkipUsage:
+        total_ffn_blocks = self.num_skippable_tokens * num_layers
+        rows_of_block = ROWS_PER_NEURON * num_neurons
         return SkipUsage(
             skipped_ffn_blocks=self.num_skipped_ffn_blocks,
-            total_ffn_blocks=self.num_skippable_tokens * num_layers,
+            total_ffn_blocks=total_ffn_blocks,
+            skipped_ffn_rows=self.num_skipped_ffn_blocks * rows_of_block
+            + self.num_left_out_neuron_rows,
+            total_ffn_rows=total_ffn_blocks * rows_of_block,
             warmup_tokens=min(self.num_tokens - self.num_given_tokens, self.skip.warmup_tokens)
             if self.skip.policy != "never"
             else 0,

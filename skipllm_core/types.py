@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-SkipPolicyName = Literal["never", "ffn_skip", "static", "random", "layer_drop", "early_exit"]
+SkipPolicyName = Literal[
+    "never", "ffn_skip", "neurons", "static", "random", "layer_drop", "early_exit"
+]
 StepKind = Literal["prefill", "decode"]
+# By layer: how many neurons one token left out before up, and of the others before down.
+LayerNeurons: TypeAlias = tuple[tuple[int, int], ...]
 
+ROWS_PER_NEURON = 3  # of FFN weights: of gate, of up, and of down, which is stored as its column
 MAX_GRAMMAR_BYTES = 128 * 1024  # of one sequence
 
 
@@ -23,7 +29,13 @@ class SkipParams:
 
     Under `ffn_skip` a row triggers at the first skippable layer whose cos(h, h + FFN(h)) >=
     `threshold`, and skips from the next layer on; `max_skips` bounds the FFN blocks that one token
-    may skip. The fields below `trace` are those of the policies in `skip.baselines`.
+    may skip.
+
+    Under `neurons` a token leaves out, layer by layer, the neurons of the feed-forward whose score
+    is below the layer's threshold: `up_thresholds` before the row of up is read, `down_thresholds`
+    again before that of down (see `skip.neurons`). A threshold of 0 leaves nothing out.
+
+    The fields below those are of the policies in `skip.baselines`.
     """
 
     policy: SkipPolicyName = "never"
@@ -34,6 +46,8 @@ class SkipParams:
     max_skips: int | None = None
     trace: bool = False
     prompt: bool = False
+    up_thresholds: tuple[float, ...] = ()  # neurons: one per layer
+    down_thresholds: tuple[float, ...] = ()
     layers: tuple[int, ...] = ()  # static, layer_drop: what is skipped
     probability: float = 0.0  # random: of each skippable layer
     first_exit: int = 0  # early_exit: how many layers the first token runs; the last, cold_start
@@ -78,16 +92,42 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipUsage:
     """What skipping did to one sequence, counted over its decode steps and, with `skip.prompt`,
-    the prompt's tokens behind the first."""
+    the prompt's tokens behind the first.
+
+    Rows are those of the FFN weights: of each neuron one of gate, one of up and one of down, all
+    of the same length. A skipped block leaves out all of its layer's.
+    """
 
     skipped_ffn_blocks: int = 0
     total_ffn_blocks: int = 0  # tokens counted x all layers
+    skipped_ffn_rows: int = 0
+    total_ffn_rows: int = 0  # tokens counted x all rows of all layers
     warmup_tokens: int = 0  # tokens that fell into the warm-up
 
     @property
     def token_skip_ratio(self) -> float:
         """Skipped FFN blocks / (decoded tokens x all layers), as the paper counts it."""
         return self.skipped_ffn_blocks / self.total_ffn_blocks if self.total_ffn_blocks else 0.0
+
+    @property
+    def skipped_ffn_share(self) -> float:
+        """Share of the FFN weights that were not used, whatever the policy: by it policies are
+        compared. Where whole blocks are skipped it is the `token_skip_ratio`."""
+        return self.skipped_ffn_rows / self.total_ffn_rows if self.total_ffn_rows else 0.0
+
+
+def num_rows_left_out(neurons: LayerNeurons) -> int:
+    """Rows of FFN weights: of a neuron that is out before up two, as gate is always read."""
+    return sum(2 * before_up + before_down for before_up, before_down in neurons)
+
+
+def sum_by_layer(counts: Sequence[Sequence[tuple[int, int]]]) -> LayerNeurons:
+    """Of tokens; those that ran all their neurons have none. () where all did."""
+    counted = [of_token for of_token in counts if of_token]
+    return tuple(
+        (sum(up for up, _ in layer), sum(down for _, down in layer))
+        for layer in zip(*counted, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +141,7 @@ class SeqOutput:
     # computed. All of them come before or with the first token.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     skipped_layers: tuple[tuple[int, ...], ...] = ()  # one per token when traced
+    skipped_neurons: tuple[LayerNeurons, ...] = ()  # the same; () where the token ran them all
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
     error: str | None = None  # with finish_reason "error"
@@ -131,8 +172,12 @@ class StepStats:
     # prompt tokens under `skip.prompt`.
     ffn_computed: tuple[int, ...] = ()
     ffn_skipped: tuple[int, ...] = ()  # per layer: tokens that skipped it
-    ffn_weight_reads: int = 0  # layers whose FFN weights were read by this decode step
-    ffn_weight_reads_avoided: int = 0  # layers that every row skipped
+    # Per layer: neurons of tokens that ran the FFN without them. Empty: there were none.
+    neurons_skipped_before_up: tuple[int, ...] = ()
+    neurons_skipped_before_down: tuple[int, ...] = ()
+    # In layers' worth of FFN weights: read by this decode step, and wanted by none of its rows.
+    ffn_weight_reads: float = 0.0
+    ffn_weight_reads_avoided: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +195,7 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int  # the width of the logits; may exceed the tokenizer's
     num_layers: int
+    num_neurons: int  # of a layer's FFN
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int

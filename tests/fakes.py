@@ -57,6 +57,7 @@ class FakeRunner:
         fail: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.num_layers = num_layers
+        self.num_neurons = 16
         self.vocab_size = vocab_size
         self.num_kv_blocks = num_kv_blocks
         self.block_size = block_size

@@ -151,7 +151,7 @@ def _summary(profile: SkipProfile) -> Table:
         caption="skip: of the FFN blocks, per token; b N: of the FFN weight reads at batch N. "
         "top-1: same next token as the full model's; KL in nats; ppl: change of the perplexity",
     )
-    batches = list(profile.points[0].weight_skip_ratio)[1:] if profile.points else []
+    batches = list(profile.ffn_skip[0].weight_skip_ratio)[1:] if profile.ffn_skip else []
     for heading in (
         "target",
         "layers",
@@ -163,13 +163,13 @@ def _summary(profile: SkipProfile) -> Table:
         "ppl",
     ):
         table.add_column(heading, justify="right")
-    for point in profile.points:
+    for point in profile.ffn_skip:
         start, end = point.region
         table.add_row(
             f"{point.target_ratio:.0%}",
             f"{start}-{end - 1}",
             f"{point.threshold:.6f}",
-            f"{point.token_skip_ratio:.1%}",
+            f"{point.skipped_ffn_share:.1%}",
             *(f"{point.weight_skip_ratio[batch]:.1%}" for batch in batches),
             f"{point.top1_agreement:.1%}",
             f"{point.kl:.4f}",

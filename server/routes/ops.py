@@ -84,16 +84,16 @@ def _summary(profile: SkipProfile) -> dict[str, Any]:
         "cold_start": profile.cold_start,
         "cold_end": profile.cold_end,
         "warmup_tokens": profile.warmup_tokens,
-        "max_ratio": profile.max_ratio,
+        "max_ratio": profile.max_ratio("ffn_skip"),
         "points": [
             {
                 "threshold": point.threshold,
                 "region": point.region,
-                "token_skip_ratio": point.token_skip_ratio,
+                "skipped_ffn_share": point.skipped_ffn_share,
                 "top1_agreement": point.top1_agreement,
                 "kl": point.kl,
             }
-            for point in profile.points
+            for point in profile.ffn_skip
         ],
     }
 

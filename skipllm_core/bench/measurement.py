@@ -54,7 +54,7 @@ class Tally:
     num_rows: int = 0  # decoded tokens
     num_skipped: int = 0  # FFN blocks, over all rows
     num_steps: int = 0
-    num_avoided: int = 0  # layers whose FFN weights no row needed, over all steps
+    num_avoided: float = 0.0  # layers' worth whose FFN weights no row needed, over all steps
     tokens: list[list[int]] = field(default_factory=list)  # per row, of the last turn
 
     def count(self, result: StepResult, step_s: float) -> None:

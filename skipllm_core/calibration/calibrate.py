@@ -43,7 +43,7 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
+from skipllm_core.skip.profile import FfnSkipPoint, LayerSimilarity, SkipProfile
 from skipllm_core.types import SkipParams
 
 TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
@@ -171,7 +171,7 @@ class _Calibration:
             warmup_tokens=self._options.warmup_tokens,
             num_prompts=len(self._prompts),
             num_tokens=seen.num_tokens,
-            points=tuple(points),
+            ffn_skip=tuple(points),
             similarity=_summary(seen),
         )
 
@@ -189,7 +189,7 @@ class _Calibration:
             )
         return [(start, end)]
 
-    def _measure_targets(self, regions: list[Region], similarities: Tensor) -> list[SkipPoint]:
+    def _measure_targets(self, regions: list[Region], similarities: Tensor) -> list[FfnSkipPoint]:
         """A point for each target ratio that a region reaches."""
         compared = {
             target: found
@@ -197,7 +197,7 @@ class _Calibration:
             if (found := self._candidates(regions, target))
         }
         self._expect(compared.values())
-        points: list[SkipPoint] = []
+        points: list[FfnSkipPoint] = []
         for target, found in compared.items():
             self._work.say(f"a skip ratio of {target:.0%}: comparing {len(found)} regions")
             skip = self._cheapest(similarities, found, target)
@@ -265,12 +265,12 @@ class _Calibration:
         self._work.total = of_prompts * len(self._prompts) + of_held_out * len(self._held_out)
 
 
-def _point(target: float, skip: SkipParams, measured: Measurement) -> SkipPoint:
-    return SkipPoint(
+def _point(target: float, skip: SkipParams, measured: Measurement) -> FfnSkipPoint:
+    return FfnSkipPoint(
         target_ratio=target,
         threshold=skip.threshold,
         region=(skip.cold_start, skip.cold_end),
-        token_skip_ratio=round(measured.token_skip_ratio, DIGITS),
+        skipped_ffn_share=round(measured.token_skip_ratio, DIGITS),
         weight_skip_ratio={
             batch: round(measured.weight_skip_ratio(batch), DIGITS) for batch in BATCHES
         },
@@ -282,9 +282,9 @@ def _point(target: float, skip: SkipParams, measured: Measurement) -> SkipPoint:
     )
 
 
-def _skips_more(point: SkipPoint, before: list[SkipPoint]) -> bool:
-    return point.token_skip_ratio > 0 and all(
-        point.token_skip_ratio > other.token_skip_ratio
+def _skips_more(point: FfnSkipPoint, before: list[FfnSkipPoint]) -> bool:
+    return point.skipped_ffn_share > 0 and all(
+        point.skipped_ffn_share > other.skipped_ffn_share
         and (point.region != other.region or point.threshold <= other.threshold)
         for other in before
     )

@@ -48,8 +48,8 @@ def draw_profile(profile: SkipProfile, path: Path) -> None:
     left.invert_yaxis()
     left.legend(fontsize=8)
 
-    ratios = [100 * point.token_skip_ratio for point in profile.points]
-    agreements = [100 * point.top1_agreement for point in profile.points]
+    ratios = [100 * point.skipped_ffn_share for point in profile.ffn_skip]
+    agreements = [100 * point.top1_agreement for point in profile.ffn_skip]
     (agreement,) = right.plot(ratios, agreements, "o-", label="top-1 agreement")
     right.set(
         xlabel="skipped FFN blocks, %",
@@ -58,7 +58,7 @@ def draw_profile(profile: SkipProfile, path: Path) -> None:
     )
     right.grid(alpha=0.3)
     other = right.twinx()
-    kls = [point.kl for point in profile.points]
+    kls = [point.kl for point in profile.ffn_skip]
     (kl,) = other.plot(ratios, kls, "s--", color="tab:red", label="KL(full || skipping)")
     other.set(ylabel="nats per token", ylim=(0, None))
     right.legend(handles=[agreement, kl], fontsize=8, loc="center left")

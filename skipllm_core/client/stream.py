@@ -73,6 +73,7 @@ def _merged(earlier: SeqOutput, later: SeqOutput) -> SeqOutput:
         logprobs=earlier.logprobs + later.logprobs,
         prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
         skipped_layers=earlier.skipped_layers + later.skipped_layers,
+        skipped_neurons=earlier.skipped_neurons + later.skipped_neurons,
         queue_s=later.queue_s if earlier.queue_s is None else earlier.queue_s,
         num_cached_tokens=later.num_cached_tokens
         if earlier.num_cached_tokens is None

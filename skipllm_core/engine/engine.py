@@ -30,9 +30,11 @@ from skipllm_core.types import (
     FinishReason,
     SamplingParams,
     SeqOutput,
+    SkipUsage,
     StepKind,
     StepOutput,
     StepStats,
+    num_rows_left_out,
 )
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Engine:
             max_model_len=max_model_len,
             vocab_size=runner.vocab_size,
             num_layers=runner.num_layers,
+            num_neurons=runner.num_neurons,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             block_size=runner.block_size,
@@ -257,6 +260,7 @@ class Engine:
             if batch.kind == "decode":
                 seq.num_skippable_tokens += 1
                 seq.num_skipped_ffn_blocks += len(row_result.skipped_layers)
+                seq.num_left_out_neuron_rows += num_rows_left_out(row_result.neurons)
             else:
                 self._blocks.publish(seq)
                 _tell_prompt(seq, row_result)
@@ -289,10 +293,14 @@ class Engine:
             logprobs=() if row.logprobs is None else (row.logprobs,),
             prompt_logprobs=row.prompt_logprobs,
             skipped_layers=(row.skipped_layers,) if has_token and seq.skip.trace else (),
+            skipped_neurons=(row.neurons,) if has_token and seq.skip.trace else (),
             queue_s=seq.queue_s if is_at_first else None,
             num_cached_tokens=seq.num_cached_tokens if is_at_first else None,
-            skip_usage=seq.skip_usage(self.info.num_layers),
+            skip_usage=self._skip_usage(seq),
         )
+
+    def _skip_usage(self, seq: Sequence) -> SkipUsage:
+        return seq.skip_usage(self.info.num_layers, self.info.num_neurons)
 
     def _extend(self, seq: Sequence, row: RowResult) -> SeqOutput:
         """Appends the row's token, and ends the sequence if that was its last."""
@@ -334,7 +342,7 @@ class Engine:
             stop_token_id=stop_token_id,
             error=error,
             is_request_fault=is_request_fault,
-            skip_usage=seq.skip_usage(self.info.num_layers),
+            skip_usage=self._skip_usage(seq),
             num_preemptions=seq.num_preemptions,
         )
 
@@ -362,6 +370,8 @@ class Engine:
             num_prefix_cache_hits=step.num_prefix_cache_hits,
             ffn_computed=counts.ffn_computed,
             ffn_skipped=counts.ffn_skipped,
+            neurons_skipped_before_up=tuple(up for up, _ in counts.neurons),
+            neurons_skipped_before_down=tuple(down for _, down in counts.neurons),
             ffn_weight_reads=result.ffn_weight_reads,
             ffn_weight_reads_avoided=result.ffn_weight_reads_avoided,
         )
@@ -374,3 +384,4 @@ def _tell_prompt(seq: Sequence, row: RowResult) -> None:
     if (skips := row.prompt_skips) is not None:
         seq.num_skippable_tokens += skips.num_tokens
         seq.num_skipped_ffn_blocks += sum(skips.num_skipping)
+        seq.num_left_out_neuron_rows += num_rows_left_out(skips.neurons)

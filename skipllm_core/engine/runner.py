@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from skipllm_core.sequence import Sequence
-from skipllm_core.types import SkipPolicyName, StepKind, TokenLogprobs
+from skipllm_core.types import LayerNeurons, SkipPolicyName, StepKind, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class PromptSkips:
 
     num_tokens: int
     num_skipping: tuple[int, ...]  # per layer
+    neurons: LayerNeurons = ()  # sums over the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class RowResult:
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
-    skipped_layers: tuple[int, ...] = ()  # of the row's last token
+    skipped_layers: tuple[int, ...] = ()  # of the row's last token,
+    neurons: LayerNeurons = ()  # and what it left out of the layers that it ran
     # Of the tokens that follow `new_prompt_tokens` in the prompt, where the sequence asks for them.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_skips: PromptSkips | None = None
@@ -67,18 +69,19 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One `RowResult` per row of the batch, in its order, and how many layers' FFN weights the
-    step read and did not read (decode only)."""
+    """One `RowResult` per row of the batch, in its order, and how many layers' worth of FFN weights
+    the step read and did not read (decode only)."""
 
     rows: tuple[RowResult, ...]
-    ffn_weight_reads: int = 0
-    ffn_weight_reads_avoided: int = 0
+    ffn_weight_reads: float = 0.0
+    ffn_weight_reads_avoided: float = 0.0
 
 
 class ModelRunner(Protocol):
     """Computes batches. Implementations: the torch runner, and the fake one of the tests."""
 
     num_layers: int
+    num_neurons: int  # of a layer's FFN: its intermediate size
     vocab_size: int
     num_kv_blocks: int
     block_size: int

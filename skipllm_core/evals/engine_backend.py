@@ -52,8 +52,8 @@ class EngineBackend:
         talks: dict[int, _Talk] = {}
         for item in items:
             self._ask(_Talk(item), skip, talks)
-        tokens = reads = avoided = 0
-        duration_s = 0.0
+        tokens = 0
+        reads = avoided = duration_s = 0.0
         while (step := self._engine.step()) is not None:
             assert step.stats is not None, "no grammar was refused"
             if step.stats.kind == "decode":

@@ -53,8 +53,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, tag="timing"):
     task: str
     num_tokens: int
     duration_s: float
-    ffn_weight_reads: int
-    ffn_weight_reads_avoided: int
+    ffn_weight_reads: float
+    ffn_weight_reads_avoided: float
 
 
 class Journal:

@@ -17,6 +17,7 @@ FP8_MAX = 448.0  # of e4m3
 # Inputs of int8 weights have 12 bits: exact enough to cost nothing beside the weights' rounding,
 # and a sum of 8,192 products stays within 32 bits.
 INPUT_MAX = 2047
+MEASURED_ROWS = 512  # at a time
 QUANTIZED: dict[Quantization, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -95,13 +96,29 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: x [num_rows, hidden] -> W_down(silu(W_gate x) * W_up x). Gate and up are one."""
+    """SwiGLU: x [num_rows, hidden] -> W_down(silu(W_gate x) * W_up x). Gate and up are one.
+
+    `down_norms` [inner] float32: the length of each column of W_down, which is what a neuron can
+    add to the residual. Whoever fills the weights fills it (`measure_down`).
+    """
 
     def __init__(self, config: ModelConfig, *, place: Place) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(hidden, 2 * inner, bias=bias, place=place)
         self.down = Linear(inner, hidden, bias=bias, place=place)
+        self.down_norms = torch.empty(inner, dtype=torch.float32, device=place.device)
+
+    def measure_down(self) -> None:
+        """Sets `down_norms`, a part of the matrix at a time."""
+        weight, scale = self.down.weight, self.down.scale
+        squares = torch.zeros_like(self.down_norms)
+        for first in range(0, weight.shape[0], MEASURED_ROWS):
+            part = weight[first : first + MEASURED_ROWS].float()
+            if scale is not None:
+                part = part * scale[first : first + MEASURED_ROWS, None]
+            squares += part.square().sum(dim=0)
+        self.down_norms.copy_(squares.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

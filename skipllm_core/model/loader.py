@@ -78,8 +78,7 @@ def load_model(
     if load_format == "dummy":
         model = _allocate(config, Place(dtype, device, quantization))
         _fill_at_random(model, seed)
-        _tie_quantized_head(model)
-        return model.eval()
+        return _finished(model)
     tensors = read_tensors(model_dir)
     if (model_dir / SINGLE).is_file() and (model_dir / INDEX).is_file():
         logger.warning("%s: the weights are those of %s, not of %s", model_dir, SINGLE, INDEX)
@@ -89,7 +88,15 @@ def load_model(
     _check(model_dir, tensors, _targets(plan))
     model = _allocate(config, Place(dtype, device, quantization))
     _copy(tensors, _targets(model))
+    return _finished(model)
+
+
+@torch.no_grad()
+def _finished(model: LlamaModel) -> LlamaModel:
+    """With what is derived of the weights."""
     _tie_quantized_head(model)
+    for block in model.blocks:
+        block.ffn.measure_down()
     return model.eval()
 
 

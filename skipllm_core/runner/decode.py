@@ -13,7 +13,9 @@ from torch import Tensor
 from skipllm_core.kernels.cpu import CpuDecoder
 from skipllm_core.model.attention import AttentionContext
 from skipllm_core.model.llama import Block, LlamaModel
+from skipllm_core.runner.neurons import feed_forward_neurons
 from skipllm_core.runner.whole_layers import without_attention
+from skipllm_core.skip.neurons import NeuronRows
 from skipllm_core.skip.policy import SkipGate, similarity
 
 
@@ -50,19 +52,33 @@ def gated_forward(
         attended = block.attend(h, ctx)  # of all rows: the KV cache must stay whole
         h = without_attention(attended, h, gate, rows) if gate.whole_layer_rows else attended
         if rows:
-            after = _feed_forward(block, h, rows)
+            after = _feed_forward(block, h, rows, layer, gate.neurons)
             if gate.watches(layer):
                 gate.observe(layer, similarity(h, after).tolist())  # the layer's one transfer
             h = after
     return h
 
 
-def _feed_forward(block: Block, h: Tensor, rows: Collection[int]) -> Tensor:
+def _feed_forward(
+    block: Block, h: Tensor, rows: Collection[int], layer: int, neurons: NeuronRows
+) -> Tensor:
     """h with the FFN block applied to `rows`; the others keep their residual, bit for bit."""
     if len(rows) == h.shape[0]:
-        return block.feed_forward(h)
+        return _run(block, h, range(len(h)), layer, neurons)
     index = torch.tensor(list(rows), device=h.device)
-    return h.index_copy(0, index, block.feed_forward(h.index_select(0, index)))
+    return h.index_copy(0, index, _run(block, h.index_select(0, index), rows, layer, neurons))
+
+
+def _run(block: Block, h: Tensor, rows: Collection[int], layer: int, neurons: NeuronRows) -> Tensor:
+    """The FFN block of h [len(rows), hidden], which are `rows` of the step."""
+    if not neurons.has_rules:
+        return block.feed_forward(h)
+    thresholds = neurons.thresholds(layer)
+    after, counts = feed_forward_neurons(
+        block, h, [thresholds[row] for row in rows], is_joint=neurons.is_joint
+    )
+    neurons.count(layer, counts.of_rows(rows, len(thresholds)))
+    return after
 
 
 def cpu_step(

@@ -44,9 +44,11 @@ class GpuModelRunner(TorchModelRunner):
     memory runs out.
     """
 
-    # The others leave out attention, which no kernel does.
+    # The others leave out attention, or neurons, which no kernel does.
     skip_policies = tuple(
-        name for name in TorchModelRunner.skip_policies if name not in WHOLE_LAYER_POLICIES
+        name
+        for name in TorchModelRunner.skip_policies
+        if name not in WHOLE_LAYER_POLICIES and name != "neurons"
     )
 
     @tells_what_to_lower

@@ -34,7 +34,7 @@ from skipllm_core.runner.prompts import Head, prompt_skips, score, score_prompts
 from skipllm_core.runner.sampler import NOT_FINITE, sample
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.consensus import ConsensusGate
-from skipllm_core.skip.policy import SkipGate, gate_for, num_weight_reads_avoided, skip_at
+from skipllm_core.skip.policy import SkipGate, gate_for, skip_at, weight_reads_avoided
 from skipllm_core.types import SamplingParams, SkipPolicyName
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class TorchModelRunner:
         self.device = str(device)
         self.dtype = str(dtype).removeprefix("torch.")
         self.num_layers = self.model.config.num_layers
+        self.num_neurons = self.model.config.intermediate_size
         self.vocab_size = self.model.config.vocab_size
         self.num_parameters = self.model.num_parameters
         self.block_size = config.block_size
@@ -100,14 +101,18 @@ class TorchModelRunner:
         sampled = iter(sample(head(_last_places(batch.rows)), sampling) if sampling else ())
         ends = accumulate(row.num_tokens for row in batch.rows)
         rows = [
-            replace(next(sampled), skipped_layers=tuple(gate.skipped_layers[end - 1]))
+            replace(
+                next(sampled),
+                skipped_layers=tuple(gate.skipped_layers[end - 1]),
+                neurons=tuple(gate.neurons.counts[end - 1]),
+            )
             if row.samples
             else RowResult(None)
             for row, end in zip(batch.rows, ends, strict=True)
         ]
         if batch.kind == "prefill":
             return StepResult(tuple(self._with_prompts(batch.rows, rows, head, gate)))
-        avoided = num_weight_reads_avoided(gate)
+        avoided = weight_reads_avoided(gate, self.num_neurons)
         return StepResult(tuple(rows), self.num_layers - avoided, avoided)
 
     def _with_prompts(
@@ -119,7 +124,7 @@ class TorchModelRunner:
             if any(math.isnan(found.logprob) for found in logprobs):
                 yield RowResult(None, error=NOT_FINITE)
             else:
-                skips = prompt_skips(row, first, gate.skipped_layers, self.num_layers)
+                skips = prompt_skips(row, first, gate, self.num_layers)
                 yield replace(result, prompt_logprobs=logprobs, prompt_skips=skips)
             first += row.num_tokens
 
@@ -169,7 +174,7 @@ class TorchModelRunner:
 
     def _decoder_for(self, num_rows: int, num_tokens: int, gate: SkipGate) -> CpuDecoder | None:
         """The kernels, where they can run a step over these and do it faster than torch."""
-        if self.cpu_decoder is None or gate.whole_layer_rows:
+        if self.cpu_decoder is None or gate.whole_layer_rows or gate.neurons.has_rules:
             return None
         is_decode = num_tokens == num_rows
         most = self.cpu_decoder.max_num_rows if is_decode else KERNEL_PREFILL_TOKENS

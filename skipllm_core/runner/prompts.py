@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from skipllm_core.engine.runner import PromptSkips, ScheduledSeq
-from skipllm_core.types import TokenLogprobs
+from skipllm_core.skip.policy import SkipGate
+from skipllm_core.types import TokenLogprobs, sum_by_layer
 
 # The logits [number of places, vocab] float32 at places in the step's flat tokens, ascending.
 Head = Callable[[Sequence[int]], Tensor]
@@ -84,16 +85,18 @@ def _cut(found: TokenLogprobs, count: int) -> TokenLogprobs:
 
 
 def prompt_skips(
-    row: ScheduledSeq, first: int, skipped_layers: Sequence[Sequence[int]], num_layers: int
+    row: ScheduledSeq, first: int, gate: SkipGate, num_layers: int
 ) -> PromptSkips | None:
-    """Of the row, whose tokens are those of the gate's `skipped_layers` from `first` on; None where
-    its prompt is computed in full."""
+    """Of the row, whose tokens are the gate's rows from `first` on; None where its prompt is
+    computed in full."""
     seq = row.seq
     if not seq.skip.prompt:
         return None
     positions = [p for p in row.new_prompt_tokens if p >= seq.num_given_tokens]
     num_skipping = [0] * num_layers
-    for position in positions:
-        for layer in skipped_layers[first + position - seq.num_computed_tokens]:
+    tokens = [first + position - seq.num_computed_tokens for position in positions]
+    for token in tokens:
+        for layer in gate.skipped_layers[token]:
             num_skipping[layer] += 1
-    return PromptSkips(len(positions), tuple(num_skipping))
+    neurons = sum_by_layer([gate.neurons.counts[token] for token in tokens])
+    return PromptSkips(len(positions), tuple(num_skipping), neurons)

@@ -10,6 +10,8 @@ row skips depends on its batch mates.
 
 Voters are the rows that may skip in this step. The others do not vote: they run every layer (policy
 `never`, warm-up), and so keep every layer's weights being read, or what their plan leaves.
+
+Rows of the policy `neurons` leave the same neurons out, in `skip.neurons`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class ConsensusGate(RowGate):
     ) -> None:
         assert 0 <= share <= 1
         assert slack >= 0
-        super().__init__(rows)
+        super().__init__(rows, leaves_out_together=True)
         self._share = share
         self._slack = slack
         self._have_voted: set[int] = set()

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from skipllm_core import sequence
 from skipllm_core.skip.baselines import PlannedSkip, planned_skip
-from skipllm_core.types import SkipParams
+from skipllm_core.skip.neurons import NeuronRows, NeuronSkip, neuron_skip
+from skipllm_core.types import ROWS_PER_NEURON, SkipParams
 
-SkipRule: TypeAlias = SkipParams | PlannedSkip  # one token's: adaptive, or known before its step
+# One token's: of blocks, adaptive or known before its step; or of neurons.
+SkipRule: TypeAlias = SkipParams | PlannedSkip | NeuronSkip
 
 
 class SkipGate(Protocol):
@@ -30,6 +32,9 @@ class SkipGate(Protocol):
     `rows_to_run(layer)` is called once per layer and gives the rows (in ascending order) that run
     its FFN. Where some did and the gate `watches(layer)`, `observe` is then told every row's
     `similarity` of the residual before and after the FFN: 1 for a row that did not run.
+
+    `neurons` says what the rows leave out of the blocks that they run. Where it `has_rules`, it is
+    asked for a layer's thresholds, and told what came of them.
     """
 
     @property
@@ -41,6 +46,9 @@ class SkipGate(Protocol):
     def whole_layer_rows(self) -> Collection[int]:
         """Rows that leave out the attention of the layers whose FFN they skip, too."""
         ...
+
+    @property
+    def neurons(self) -> NeuronRows: ...
 
     def rows_to_run(self, layer: int) -> Collection[int]: ...
 
@@ -56,6 +64,7 @@ class NeverGate:
 
     def __init__(self, num_rows: int) -> None:
         self.skipped_layers: list[tuple[int, ...]] = [()] * num_rows
+        self.neurons = NeuronRows([None] * num_rows)
         self._rows = range(num_rows)
 
     def rows_to_run(self, layer: int) -> Collection[int]:
@@ -72,12 +81,15 @@ class RowGate:
     """Each row by its own rule (`row_exact`): a row's decisions depend on it alone.
 
     `rows` bears each row's rule, as `skip_at` gives it: the settings of the adaptive rule above, a
-    plan, or None for a row that cannot skip in this step. Control flow is on the host: it watches
-    the layers at which some row may still trigger.
+    plan, thresholds of neurons, or None for a row that cannot skip in this step. Control flow is on
+    the host: it watches the layers at which some row may still trigger.
     """
 
-    def __init__(self, rows: Sequence[SkipRule | None]) -> None:
+    def __init__(
+        self, rows: Sequence[SkipRule | None], *, leaves_out_together: bool = False
+    ) -> None:
         self.skipped_layers: list[list[int]] = [[] for _ in rows]
+        self.neurons = NeuronRows(rows, is_joint=leaves_out_together)
         self._rows = range(len(rows))
         self._watched = {row: rule for row, rule in enumerate(rows) if isinstance(rule, SkipParams)}
         self._triggered: dict[int, SkipParams] = {}
@@ -133,6 +145,7 @@ class ForcedGate:
 
     def __init__(self, mask: Sequence[Sequence[bool]]) -> None:
         self.skipped_layers: list[list[int]] = [[] for _ in mask]
+        self.neurons = NeuronRows([None] * len(mask))
         self._mask = mask
 
     def rows_to_run(self, layer: int) -> Collection[int]:
@@ -177,16 +190,20 @@ def skip_at(seq: sequence.Sequence, position: int) -> SkipRule | None:
     if skip.policy == "never":
         return None
     generated = position - seq.num_given_tokens + 1
-    if skip.policy != "ffn_skip":
+    if skip.policy not in ("ffn_skip", "neurons"):
         return planned_skip(seq, position, generated)
     if generated < max(1, skip.warmup_tokens):
         return None
+    if skip.policy == "neurons":
+        return neuron_skip(skip)
     if skip.max_skips == 0 or skip.cold_end - skip.cold_start < 2:
         return None  # nothing is skippable: spare the similarities
     return skip
 
 
-def num_weight_reads_avoided(gate: SkipGate) -> int:
-    """Layers that every row skipped: only there the FFN's weights are not read."""
+def weight_reads_avoided(gate: SkipGate, num_neurons: int) -> float:
+    """FFN weights that no row of the step wanted, in layers' worth: layers that every row skipped,
+    and rows of weights in the others."""
     rows = gate.skipped_layers
-    return len(set(rows[0]).intersection(*rows[1:])) if rows else 0
+    whole = len(set(rows[0]).intersection(*rows[1:])) if rows else 0
+    return whole + gate.neurons.num_unread_rows / (ROWS_PER_NEURON * num_neurons)

@@ -6,20 +6,25 @@ A profile is a YAML file made by `skipllm calibrate`. No torch here: the server 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import yaml
 
 from skipllm_core.errors import ProfileError
+from skipllm_core.types import SkipPolicyName
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 DEFAULT_WARMUP_TOKENS = 25  # where the paper's ablation saturates
+MEASURED_POLICIES = tuple(name for name in get_args(SkipPolicyName) if name != "never")
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Cosine = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Score = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class LayerSimilarity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,36 +42,50 @@ class LayerSimilarity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One threshold and what it does, measured on held-out prompts.
+    """What a policy costs at one ratio, measured on held-out answers of the full model.
 
-    The ratio is that of free generation, over the tokens decoded after the warm-up; agreement and
-    KL(full || skipping), in nats per token, are those of the next-token distributions when both
-    read the full model's text. So is the change of the perplexity, exp(mean negative
-    log-likelihood) of that text: 0.1 is 10 % above the full model's. `trigger_layers[l]` counts
-    tokens that triggered at layer l; the rest of `num_tokens` skipped nothing. `weight_skip_ratio`
-    has, by batch size, the share of FFN weight reads avoided by rows that skip independently of
-    each other: of layer l, P(a token skips l) ** batch.
+    The ratio is the share of FFN weights that is not used, over the tokens decoded after the
+    warm-up. Agreement and KL(full || skipping), in nats per token, are those of the next-token
+    distributions when both read the full model's text. So is the change of the perplexity,
+    exp(mean negative log-likelihood) of that text: 0.1 is 10 % above the full model's.
+    `weight_skip_ratio` has, by batch size, the share of FFN weight reads avoided by rows that skip
+    independently of each other.
     """
 
     target_ratio: Share
-    threshold: Cosine
-    region: tuple[Count, Count]  # cold_start, cold_end
-    token_skip_ratio: Share
+    skipped_ffn_share: Share
     weight_skip_ratio: dict[int, Share]  # batch size -> ratio
     top1_agreement: Share
     kl: Annotated[float, msgspec.Meta(ge=0)]
     perplexity_change: Annotated[float, msgspec.Meta(ge=-1)]
+    num_tokens: Count  # that it was measured on
+
+
+class FfnSkipPoint(SkipPoint, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`trigger_layers[l]` counts tokens that triggered at layer l; the others of `num_tokens`
+    skipped nothing."""
+
+    threshold: Cosine
+    region: tuple[Count, Count]  # cold_start, cold_end
     trigger_layers: tuple[Count, ...]
-    num_tokens: Count
+
+
+class NeuronPoint(SkipPoint, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Thresholds by layer, before up and before down; see `skip.neurons`."""
+
+    up_thresholds: tuple[Score, ...]
+    down_thresholds: tuple[Score, ...]
 
 
 class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model's skippable regions and thresholds. Each point has the region that served its ratio
-    best; `cold_start` and `cold_end` are for thresholds that come without a ratio. `model` is its
-    identity for readers, `fingerprint` (of config and weights) the one that is checked. Points go
-    from little skipping to much."""
+    """A model's skippable regions, thresholds, and what each policy costs it.
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    `model` is its identity for readers, `fingerprint` (of config and weights) the one that is
+    checked. Points go from little skipping to much. Those of `ffn_skip` have the region that served
+    their ratio best; `cold_start` and `cold_end` are for thresholds that come without a ratio.
+    """
+
+    schema_version: Literal[3] = SCHEMA_VERSION
     fingerprint: str
     model: dict[str, str | int]
     cold_start: Count
@@ -74,54 +93,67 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     warmup_tokens: Count  # measured with, and the default of a server with this profile
     num_prompts: Count
     num_tokens: Count  # that the similarities are taken over
-    points: tuple[SkipPoint, ...]
+    ffn_skip: tuple[FfnSkipPoint, ...] = ()
+    neurons: tuple[NeuronPoint, ...] = ()
+    static: tuple[SkipPoint, ...] = ()
+    random: tuple[SkipPoint, ...] = ()
+    layer_drop: tuple[SkipPoint, ...] = ()
+    early_exit: tuple[SkipPoint, ...] = ()
     similarity: tuple[LayerSimilarity, ...]
 
     def __post_init__(self) -> None:
-        regions = [(self.cold_start, self.cold_end), *(point.region for point in self.points)]
+        regions = [(self.cold_start, self.cold_end), *(point.region for point in self.ffn_skip)]
         if not all(0 <= start < end < self.num_layers for start, end in regions):
             raise ValueError("not so: 0 <= cold_start < cold_end < number of layers")
-        for before, after in zip(self.points, self.points[1:], strict=False):
-            if not before.token_skip_ratio < after.token_skip_ratio:
-                raise ValueError("points must go from a low ratio to a high one")
-            is_same_region = before.region == after.region
-            if is_same_region and not before.threshold >= after.threshold:
+        for policy in MEASURED_POLICIES:
+            points = self.points(policy)
+            for before, after in pairwise(points):
+                if not before.skipped_ffn_share < after.skipped_ffn_share:
+                    raise ValueError(f"points of {policy} must go from a low ratio to a high one")
+        for low, high in pairwise(self.ffn_skip):
+            is_same_region = low.region == high.region
+            if is_same_region and not low.threshold >= high.threshold:
                 raise ValueError("points of one region must go from a high threshold to a low one")
+        for point in self.neurons:
+            if {len(point.up_thresholds), len(point.down_thresholds)} != {self.num_layers}:
+                raise ValueError(f"points of neurons need {self.num_layers} thresholds, twice")
 
     @property
     def num_layers(self) -> int:
         return len(self.similarity)
 
-    @property
-    def max_ratio(self) -> float:
-        """The largest ratio that may be asked for; 0 where calibration found none."""
-        if not self.points:
-            return 0.0
-        return max(self.points[-1].target_ratio, self.points[-1].token_skip_ratio)
+    def points(self, policy: SkipPolicyName) -> tuple[SkipPoint, ...]:
+        """What was measured of a policy; nothing of `never`."""
+        found: tuple[SkipPoint, ...] = () if policy == "never" else getattr(self, policy)
+        return found
 
-    def ratio_at_agreement(self, least: float) -> float | None:
+    def max_ratio(self, policy: SkipPolicyName) -> float:
+        """The largest ratio that was measured; 0 where none was."""
+        points = self.points(policy)
+        return max(points[-1].target_ratio, points[-1].skipped_ffn_share) if points else 0.0
+
+    def ratio_at_agreement(self, policy: SkipPolicyName, least: float) -> float | None:
         """The largest measured ratio whose top-1 agreement is at least this; None: none is."""
-        ratios = [p.token_skip_ratio for p in self.points if p.top1_agreement >= least]
-        return max(ratios, default=None)
+        points = self.points(policy)
+        return max((p.skipped_ffn_share for p in points if p.top1_agreement >= least), default=None)
 
     @property
     def widest_region(self) -> tuple[int, int]:
         """The one of most layers that was measured."""
-        regions = [(self.cold_start, self.cold_end), *(point.region for point in self.points)]
+        regions = [(self.cold_start, self.cold_end), *(point.region for point in self.ffn_skip)]
         return max(regions, key=lambda region: region[1] - region[0])
 
-    def at_ratio(self, ratio: float) -> tuple[float, tuple[int, int]]:
-        """(threshold, region) that skip this share of FFN blocks, between the measured points
+    def blocks_at(self, ratio: float) -> tuple[float, tuple[int, int]]:
+        """(threshold, region) of `ffn_skip` that skip this share, between the measured points
         linearly; between points of different regions, whose thresholds do not mix, the nearer's.
 
         0 < ratio <= max_ratio. Ratios below the first point lie between it and threshold 1.
         """
-        assert 0 < ratio <= self.max_ratio, "the caller has compared the ratio with max_ratio"
-        low_ratio, low_threshold, low_region = 0.0, 1.0, self.points[0].region
-        for point in self.points:
+        low_ratio, low_threshold, low_region = 0.0, 1.0, self.ffn_skip[0].region
+        for point in self.ffn_skip:
             high_region = point.region
-            if ratio <= point.token_skip_ratio:
-                share = (ratio - low_ratio) / (point.token_skip_ratio - low_ratio)
+            if ratio <= point.skipped_ffn_share:
+                share = (ratio - low_ratio) / (point.skipped_ffn_share - low_ratio)
                 if low_region != high_region:
                     return (
                         (low_threshold, low_region)
@@ -130,11 +162,24 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
                     )
                 return low_threshold + share * (point.threshold - low_threshold), low_region
             low_ratio, low_threshold, low_region = (
-                point.token_skip_ratio,
+                point.skipped_ffn_share,
                 point.threshold,
                 high_region,
             )
         return low_threshold, low_region  # the last target, of which the measurement fell short
+
+    def neurons_at(self, ratio: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The thresholds of `neurons` (before up, before down) that leave out this share, between
+        the measured points linearly. 0 < ratio <= max_ratio; ratio 0 has thresholds of 0."""
+        low_ratio = 0.0
+        low_up = low_down = (0.0,) * self.num_layers
+        for point in self.neurons:
+            high_up, high_down = point.up_thresholds, point.down_thresholds
+            if ratio <= point.skipped_ffn_share:
+                share = (ratio - low_ratio) / (point.skipped_ffn_share - low_ratio)
+                return _between(low_up, high_up, share), _between(low_down, high_down, share)
+            low_ratio, low_up, low_down = point.skipped_ffn_share, high_up, high_down
+        return low_up, low_down
 
     def check_model(self, fingerprint: str) -> None:
         """Raises ProfileError unless the profile was made for this very model."""
@@ -163,6 +208,10 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ProfileError(f"skip profile {path} is malformed: {reason}") from None
+
+
+def _between(low: Sequence[float], high: Sequence[float], share: float) -> tuple[float, ...]:
+    return tuple(a + share * (b - a) for a, b in zip(low, high, strict=True))
 
 
 def _refuse_other_schema(data: object) -> None:

@@ -15,10 +15,11 @@ from skipllm_core.types import SkipParams, SkipPolicyName
 
 # The policies that each of these numbers means something to.
 _ADAPTIVE: tuple[SkipPolicyName, ...] = ("ffn_skip",)
+_NEED_POINTS: tuple[SkipPolicyName, ...] = ("ffn_skip", "neurons")  # have measured thresholds
 _OF_POLICIES: dict[str, tuple[SkipPolicyName, ...]] = {
     "threshold": _ADAPTIVE,
     "max_skips": _ADAPTIVE,
-    "warmup_tokens": ("ffn_skip", "static", "random"),
+    "warmup_tokens": ("ffn_skip", "neurons", "static", "random"),
     "budget_tokens": ("early_exit",),
 }
 
@@ -77,6 +78,12 @@ def resolve_skip(
             "`skipllm calibrate` makes one.",
             param="skip",
         )
+    if policy in _NEED_POINTS and not profile.points(policy):
+        raise InvalidRequestError(
+            f"The skip profile of this model has no measurements of the policy {policy}. "
+            "`skipllm calibrate` makes them.",
+            param="skip.policy",
+        )
     amount = _amount(policy, profile, ratio, threshold)
     if policy in _OF_POLICIES["warmup_tokens"]:
         warmup = _first(wish.warmup_tokens, defaults.warmup_tokens, profile.warmup_tokens)
@@ -104,9 +111,12 @@ def _amount(
     region = (profile.cold_start, profile.cold_end)
     if policy == "ffn_skip":
         if threshold is None:
-            threshold, region = profile.at_ratio(_within(ratio, profile.max_ratio))
+            threshold, region = profile.blocks_at(_within(ratio, profile.max_ratio(policy)))
         start, end = region
         return SkipParams(policy=policy, threshold=threshold, cold_start=start, cold_end=end)
+    if policy == "neurons":
+        up, down = profile.neurons_at(_within(ratio, profile.max_ratio(policy)))
+        return SkipParams(policy=policy, up_thresholds=up, down_thresholds=down)
     if policy == "static":
         # Of the middle: the first and the last layer are no choice, as under `ffn_skip`.
         ratio = _within(ratio, (num_layers - 2) / num_layers)

@@ -55,22 +55,22 @@ def test_calibration_tells_what_skipping_does_to_the_model(profile: SkipProfile)
     assert profile.num_layers == NUM_LAYERS
     assert profile.num_tokens == 8 * 15
     assert profile.warmup_tokens == 2
-    assert len(profile.points) >= 3
-    for point in profile.points:
+    assert len(profile.ffn_skip) >= 3
+    for point in profile.ffn_skip:
         assert point.num_tokens == 6 * 14
         assert sum(point.trigger_layers) <= point.num_tokens
-        assert point.token_skip_ratio == pytest.approx(point.target_ratio, abs=0.1)
+        assert point.skipped_ffn_share == pytest.approx(point.target_ratio, abs=0.1)
         assert 0 < point.top1_agreement < 1  # a random model is no robust one
         assert point.kl > 0
         assert point.target_ratio <= max_reachable_ratio(point.region, NUM_LAYERS)
         ratios = [point.weight_skip_ratio[batch] for batch in BATCHES]
-        assert ratios[0] == point.token_skip_ratio
+        assert ratios[0] == point.skipped_ffn_share
         assert ratios == sorted(ratios, reverse=True)
-    assert profile.points[-1].target_ratio >= 0.45
+    assert profile.ffn_skip[-1].target_ratio >= 0.45
     assert TARGET_RATIOS[-1] == 0.5
-    (at_a_quarter,) = (p for p in profile.points if p.target_ratio == 0.25)
+    (at_a_quarter,) = (p for p in profile.ffn_skip if p.target_ratio == 0.25)
     assert (profile.cold_start, profile.cold_end) == at_a_quarter.region
-    assert profile.points[-1].perplexity_change > 0
+    assert profile.ffn_skip[-1].perplexity_change > 0
     assert all(layer.p05 <= layer.p50 <= layer.p95 for layer in profile.similarity)
 
 
@@ -79,7 +79,7 @@ def test_a_profile_can_be_saved_loaded_and_served(
 ) -> None:
     profile.save(tmp_path / "skip.yaml")
     loaded = SkipProfile.load(tmp_path / "skip.yaml")
-    ratio = loaded.points[1].token_skip_ratio
+    ratio = loaded.ffn_skip[1].skipped_ffn_share
     skip = resolve_skip(SkipDefaults(), loaded, SkipOptions(ratio=ratio))
     params = SamplingParams(max_tokens=16, temperature=0, skip=skip)
     requests = [(prompt, params) for prompt in prompts(6, seed=2)]
@@ -94,7 +94,7 @@ def test_a_profile_can_be_saved_loaded_and_served(
 def test_never_skipping_agrees_with_itself(runner: TorchModelRunner) -> None:
     skip = SkipParams(policy="ffn_skip", threshold=2.0, cold_end=NUM_LAYERS, warmup_tokens=0)
     result = measure(Probe(runner, max_tokens=8, max_num_seqs=9), prompts(4, seed=3), skip, Work())
-    assert result.token_skip_ratio == 0
+    assert result.skipped_ffn_share == 0
     assert result.top1_agreement == 1
     assert result.kl == pytest.approx(0, abs=1e-5)
     assert result.perplexity_change == pytest.approx(0, abs=1e-5)
@@ -126,8 +126,8 @@ def test_groups_do_not_change_what_is_measured(
 def test_weight_reads_are_avoided_where_all_rows_of_a_batch_skip() -> None:
     # Of 10 tokens, 4 skip layer 2, 8 layer 3 and 10 layer 4.
     found = Measurement([0, 4, 4, 2, 0], [0, 0, 4, 8, 10], num_free_tokens=10)
-    assert found.token_skip_ratio == pytest.approx((0.4 + 0.8 + 1) / 5)
-    assert found.weight_skip_ratio(1) == found.token_skip_ratio
+    assert found.skipped_ffn_share == pytest.approx((0.4 + 0.8 + 1) / 5)
+    assert found.weight_skip_ratio(1) == found.skipped_ffn_share
     assert found.weight_skip_ratio(4) == pytest.approx((0.4**4 + 0.8**4 + 1) / 5)
 
 
@@ -195,8 +195,8 @@ def test_what_another_calibration_has_done_is_not_taken(
 def test_cold_regions_can_be_given(runner: TorchModelRunner) -> None:
     given = run(runner, cold_start=2, cold_end=6)
     assert (given.cold_start, given.cold_end) == (2, 6)
-    assert {point.region for point in given.points} == {(2, 6)}
-    assert given.points[-1].target_ratio <= 0.25, "three of twelve is what it reaches"
+    assert {point.region for point in given.ffn_skip} == {(2, 6)}
+    assert given.ffn_skip[-1].target_ratio <= 0.25, "three of twelve is what it reaches"
     assert run(runner, cold_start=3).cold_start == 3
     for wrong in ({"cold_start": 5, "cold_end": 6}, {"cold_end": NUM_LAYERS}):
         with pytest.raises(ConfigError, match="between them"):
@@ -293,7 +293,7 @@ def test_the_region_of_the_lowest_kl_is_taken(
         return abs(skip.cold_end - skip.cold_start - 5)
 
     monkeypatch.setattr("skipllm_core.calibration.calibrate.forced_kl", cost)
-    points = run(runner, max_tokens=16).points
+    points = run(runner, max_tokens=16).ffn_skip
     sizes = {p.target_ratio: p.region[1] - p.region[0] for p in points}
     compared = {0.05: (2, 3, 4), 0.15: (3, 4, 5), 0.25: (4, 5, 6), 0.5: (7, 8, 9)}
     known = sizes.keys() & compared.keys()

@@ -104,7 +104,7 @@ def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
     for layer, same in zip(profile.similarity, shipped.similarity, strict=True):
         assert layer.mean == pytest.approx(same.mean, abs=0.1)
         assert layer.block_influence == pytest.approx(same.block_influence, abs=0.1)
-    assert [point.region for point in profile.points] == [(0, 4)] * len(profile.points)
+    assert [point.region for point in profile.ffn_skip] == [(0, 4)] * len(profile.ffn_skip)
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_calibrate_writes_a_profile_of_the_model(dummy_model: Path, tmp_path: Pa
     profile.check_model(model_fingerprint(tmp_path))
     assert profile.warmup_tokens == 2
     assert profile.num_layers == 6
-    assert f"{profile.points[0].threshold:.6f}" in run.stderr
+    assert f"{profile.ffn_skip[0].threshold:.6f}" in run.stderr
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert f"--skip-profile {out}" in run.stderr.replace("\n", "")
     assert not list(tmp_path.glob("*.partial"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skipllm_core.skip.profile import LayerSimilarity, SkipPoint, SkipProfile
+from skipllm_core.skip.profile import FfnSkipPoint, LayerSimilarity, SkipProfile
 
 
 def layer(mean: float = 0.9, block_influence: float = 0.2) -> LayerSimilarity:
@@ -13,13 +13,15 @@ def layer(mean: float = 0.9, block_influence: float = 0.2) -> LayerSimilarity:
     )
 
 
-def point(ratio: float, threshold: float, measured: float | None = None, **more: Any) -> SkipPoint:
+def point(
+    ratio: float, threshold: float, measured: float | None = None, **more: Any
+) -> FfnSkipPoint:
     measured = ratio if measured is None else measured
     settings: dict[str, Any] = {
         "target_ratio": ratio,
         "region": (1, 5),
         "threshold": threshold,
-        "token_skip_ratio": measured,
+        "skipped_ffn_share": measured,
         "weight_skip_ratio": {1: measured, 4: measured / 2},
         "top1_agreement": 0.98,
         "kl": 0.01,
@@ -27,10 +29,10 @@ def point(ratio: float, threshold: float, measured: float | None = None, **more:
         "trigger_layers": (0, 3, 2, 0, 0, 0),
         "num_tokens": 7,
     }
-    return SkipPoint(**settings | more)
+    return FfnSkipPoint(**settings | more)
 
 
-def profile(*points: SkipPoint, num_layers: int = 6, **more: Any) -> SkipProfile:
+def profile(*points: FfnSkipPoint, num_layers: int = 6, **more: Any) -> SkipProfile:
     settings: dict[str, Any] = {
         "fingerprint": "0123456789abcdef" * 4,
         "model": {"model_type": "llama", "num_layers": num_layers},
@@ -39,7 +41,7 @@ def profile(*points: SkipPoint, num_layers: int = 6, **more: Any) -> SkipProfile
         "warmup_tokens": 3,
         "num_prompts": 10,
         "num_tokens": 200,
-        "points": points,
+        "ffn_skip": points,
         "similarity": (layer(),) * num_layers,
     }
     return SkipProfile(**settings | more)

@@ -16,9 +16,9 @@ from skipllm_core.skip.policy import (
     RowGate,
     SkipGate,
     gate_for,
-    num_weight_reads_avoided,
     similarity,
     skip_at,
+    weight_reads_avoided,
 )
 from skipllm_core.types import SamplingParams, SkipParams
 
@@ -182,8 +182,8 @@ def test_a_layer_is_computed_only_for_the_rows_that_run_it() -> None:
 def test_weights_are_saved_only_where_every_row_skips() -> None:
     gate = RowGate([skip(), skip()])
     run(StubModel(EARLY, LATE), gate)
-    assert num_weight_reads_avoided(gate) == 1
-    assert num_weight_reads_avoided(NeverGate(2)) == 0
+    assert weight_reads_avoided(gate, 8) == 1
+    assert weight_reads_avoided(NeverGate(2), 8) == 0
 
 
 def test_a_row_that_skips_keeps_its_residual_bit_for_bit() -> None:

@@ -62,9 +62,9 @@ def test_a_malformed_profile_is_refused_in_one_line(tmp_path: Path, changes: Any
 
 @pytest.mark.parametrize("threshold", [float("nan"), float("inf"), 1.1, "0.9", True])
 def test_a_threshold_that_is_no_cosine_is_refused(tmp_path: Path, threshold: object) -> None:
-    bad = msgspec.to_builtins(PROFILE.points[0]) | {"threshold": threshold}
+    bad = msgspec.to_builtins(PROFILE.ffn_skip[0]) | {"threshold": threshold}
     with pytest.raises(ProfileError, match="malformed"):
-        SkipProfile.load(saved_with(tmp_path / "skip.yaml", points=[bad]))
+        SkipProfile.load(saved_with(tmp_path / "skip.yaml", ffn_skip=[bad]))
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "just text", "!!python/object:os.system {}", "\0"])
@@ -80,9 +80,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_points_out_of_order_are_refused(tmp_path: Path) -> None:
-    points = [msgspec.to_builtins(p) for p in reversed(PROFILE.points)]
-    with pytest.raises(ProfileError, match="points must go"):
-        SkipProfile.load(saved_with(tmp_path / "skip.yaml", points=points))
+    points = [msgspec.to_builtins(p) for p in reversed(PROFILE.ffn_skip)]
+    with pytest.raises(ProfileError, match="must go from a low"):
+        SkipProfile.load(saved_with(tmp_path / "skip.yaml", ffn_skip=points))
 
 
 def test_a_profile_of_another_model_is_refused() -> None:
@@ -96,20 +96,20 @@ def test_a_profile_of_another_model_is_refused() -> None:
 
 def test_thresholds_are_those_measured_and_between_them_linear() -> None:
     for ratio, threshold in ((0.12, 0.98), (0.16, 0.97), (0.20, 0.96), (0.06, 0.99)):
-        assert PROFILE.at_ratio(ratio) == (pytest.approx(threshold), (1, 5))
+        assert PROFILE.blocks_at(ratio) == (pytest.approx(threshold), (1, 5))
 
 
 def test_between_points_of_two_regions_the_nearer_is_taken() -> None:
     narrow = [point(0.1, 0.98, 0.12, region=(2, 4)), point(0.2, 0.96, 0.20, region=(2, 4))]
     both = profile(*narrow, point(0.3, 0.97, 0.28, region=(1, 5)))
-    assert both.at_ratio(0.16) == (pytest.approx(0.97), (2, 4))
-    assert both.at_ratio(0.23) == (0.96, (2, 4)), "thresholds of two regions do not mix"
-    assert both.at_ratio(0.25) == both.at_ratio(0.28) == (0.97, (1, 5))
+    assert both.blocks_at(0.16) == (pytest.approx(0.97), (2, 4))
+    assert both.blocks_at(0.23) == (0.96, (2, 4)), "thresholds of two regions do not mix"
+    assert both.blocks_at(0.25) == both.blocks_at(0.28) == (0.97, (1, 5))
 
 
 def test_the_last_target_is_within_reach_although_the_measurement_fell_short() -> None:
-    assert PROFILE.max_ratio == 0.3
-    assert PROFILE.at_ratio(0.3) == (0.9, (1, 5))
+    assert PROFILE.max_ratio("ffn_skip") == 0.3
+    assert PROFILE.blocks_at(0.3) == (0.9, (1, 5))
 
 
 def test_a_profile_of_an_older_version_says_what_to_do(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_an_agreement_takes_the_largest_ratio_that_keeps_it() -> None:
         point(0.3, 0.9, top1_agreement=0.98),
         point(0.4, 0.8, top1_agreement=0.9),
     )
-    assert found.ratio_at_agreement(0.98) == 0.3, "not the first that falls below"
-    assert found.ratio_at_agreement(0.985) == 0.1
-    assert found.ratio_at_agreement(0.995) is None
+    assert found.ratio_at_agreement("ffn_skip", 0.98) == 0.3, "not the first that falls below"
+    assert found.ratio_at_agreement("ffn_skip", 0.985) == 0.1
+    assert found.ratio_at_agreement("ffn_skip", 0.995) is None
 
 
 def test_the_widest_region_is_the_one_of_most_layers() -> None:

@@ -181,7 +181,7 @@ def _skips(
             raise SettingsError(f"--skip-ratio needs the model's skip profile: {reason}")
         return []
     skips = []
-    for ratio in ratios or [min(DEFAULT_SKIP_RATIO, profile.max_ratio)]:
+    for ratio in ratios or [min(DEFAULT_SKIP_RATIO, profile.max_ratio("ffn_skip"))]:
         if ratio == 0:
             raise SettingsError("--skip-ratio: 0 is the policy never, which is always measured")
         defaults = SkipDefaults(policy="ffn_skip", ratio=ratio, warmup_tokens=0)

@@ -49,7 +49,8 @@ def answer_all(
         )
         engine.add(seq_id, prompt_ids, params)
     tokens: list[list[int]] = [[] for _ in items]
-    skipped = computed = avoided = read = 0
+    skipped = computed = 0
+    avoided = read = 0.0
     while (step := engine.step()) is not None:
         for output in step.outputs:
             tokens[output.seq_id] += output.token_ids
