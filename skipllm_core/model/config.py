@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from skipllm_core.errors import UnsupportedModelError
 from skipllm_core.model.checkpoint import read_json_object
 
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -38,7 +38,8 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
-    attention_factor: float = 1.0  # yarn: scales cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: scales cos and sin
+    divisors: tuple[float, ...] = ()  # longrope: of the frequencies, one each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ def load_model_config(model_dir: Path) -> ModelConfig:
     if head_dim % 2:
         raise fields.refused(f"head_dim {head_dim} is odd")
     max_positions = fields.size("max_position_embeddings")
-    rope = _rope(fields, max_positions)
+    rope = _rope(fields, max_positions, head_dim)
     if rope.type == "yarn":  # written with the stretched length by some, the original by others
         stretched = int(rope.original_max_position_embeddings * rope.factor)
         max_positions = min(max(max_positions, stretched), _MAX_SIZE)
@@ -207,7 +208,7 @@ def _windows(fields: _Fields, model_type: str, num_layers: int) -> tuple[int | N
     return tuple(kinds[kind] for kind in layer_types)
 
 
-def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
+def _rope(fields: _Fields, max_positions: int, head_dim: int) -> RopeConfig:
     """Both dialects: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
     values = fields.values
     params = values.get("rope_scaling") or values.get("rope_parameters") or {}
@@ -229,6 +230,13 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
         raise fields.refused(f"rope_theta {theta} is not above 1")
     if rope_type == "default":
         return RopeConfig(theta=theta, type="default")
+    if rope_type == "longrope":
+        return RopeConfig(
+            theta=theta,
+            type="longrope",
+            divisors=_divisors(rope, head_dim),
+            attention_factor=rope.number("attention_factor"),
+        )
     factor = rope.number("factor")
     if rope_type == "linear":
         return RopeConfig(theta=theta, type="linear", factor=factor)
@@ -255,6 +263,20 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
         truncate=rope.flag("truncate", default=True),
         attention_factor=_yarn_attention_factor(rope, factor),
     )
+
+
+def _divisors(rope: _Fields, head_dim: int) -> tuple[float, ...]:
+    """Of models that have the same ones for short texts and for long: as GGUF files have them."""
+    values = rope.values.get("short_factor")
+    if values != rope.values.get("long_factor"):
+        raise rope.refused("RoPE whose short_factor and long_factor differ is not supported")
+    if (
+        not isinstance(values, list)
+        or len(values) != head_dim // 2
+        or not all(type(value) in (int, float) and 0 < value < 1e30 for value in values)
+    ):
+        raise rope.refused(f"short_factor is not {head_dim // 2} positive numbers")
+    return tuple(map(float, values))
 
 
 def _yarn_attention_factor(rope: _Fields, factor: float) -> float:

@@ -6,7 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from skipllm_core.model.checkpoint import read_json_object, read_tensors
+from skipllm_core.model.checkpoint import read_json_object
+from skipllm_core.model.weights import has_weights, read_tensors
 
 _SAMPLE_BYTES = 4096
 _INCIDENTAL = {"_name_or_path", "transformers_version", "use_cache"}  # differ for the same model
@@ -17,13 +18,12 @@ def model_fingerprint(model_dir: Path) -> str:
     and the 4 KiB in its middle.
 
     Any fine-tuning changes it; sharding does not. A directory of dummy weights has its config only.
-    Raises UnsupportedModelError when config.json or a safetensors file is broken.
+    Raises UnsupportedModelError when config.json or a file of weights is broken.
     """
     config = read_json_object(model_dir / "config.json")
     canonical = {name: value for name, value in config.items() if name not in _INCIDENTAL}
     digest = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode())
-    has_weights = any(model_dir.glob("*.safetensors"))
-    tensors = read_tensors(model_dir) if has_weights else {}
+    tensors = read_tensors(model_dir) if has_weights(model_dir) else {}
     for name, info in sorted(tensors.items()):
         digest.update(json.dumps([name, info.dtype, info.shape]).encode())
         with info.file.open("rb") as stream:

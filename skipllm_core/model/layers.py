@@ -129,7 +129,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each pair of dimensions, [head_dim / 2] float32 on the CPU.
 
     Sources: RoFormer (arXiv 2104.09864); linear: position interpolation (2306.15595); yarn:
-    2309.00071, section 3.2; llama3: the Llama 3.1 release, smooth between two wavelengths.
+    2309.00071, section 3.2; llama3: the Llama 3.1 release, smooth between two wavelengths;
+    longrope: 2402.13753, section 3.2.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / rope.theta**exponents
@@ -139,6 +140,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         return plain
     if rope.type == "linear":
         return slow
+    if rope.type == "longrope":
+        return plain / torch.tensor(rope.divisors, dtype=torch.float32)
     if rope.type == "llama3":
         # Turns within the original context; few turns: interpolate, many: leave as they are.
         turns = context * plain / (2 * math.pi)

@@ -1,4 +1,4 @@
-"""Builds a model and fills its weights, from safetensors or at random."""
+"""Builds a model and fills its weights, from safetensors, a GGUF file or at random."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from skipllm_core.config import DType, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, UnsupportedModelError
-from skipllm_core.model.checkpoint import INDEX, SINGLE, TensorInfo, read_tensors
+from skipllm_core.model.checkpoint import INDEX, SINGLE, TensorInfo
 from skipllm_core.model.config import ModelConfig, load_model_config
+from skipllm_core.model.gguf.tensors import GGUFTensor, read_plain
 from skipllm_core.model.layers import QUANTIZED, Linear, Place, quantize
 from skipllm_core.model.llama import LlamaModel
+from skipllm_core.model.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,12 @@ class _Target(NamedTuple):
         rounded, scale = quantize(tensor.to(self.view.device), self.view.dtype)
         self.view.copy_(rounded)
         self.scale.copy_(scale)
+
+    def rows(self, first: int, num: int) -> _Target:
+        """A part of it."""
+        part = slice(first, first + num)
+        scale = None if self.scale is None else self.scale[part]
+        return _Target(self.view[part], (num, *self.shape[1:]), scale)
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device, dtype: DType) -> torch.dtype:
@@ -227,8 +235,12 @@ def _some(names: set[str]) -> str:
 @torch.no_grad()
 def _copy(tensors: dict[str, TensorInfo], targets: dict[str, _Target]) -> None:
     names_by_file: dict[Path, list[str]] = defaultdict(list)
-    for name in targets:
-        names_by_file[tensors[name].file].append(name)
+    for name, target in targets.items():
+        info = tensors[name]
+        if isinstance(info, GGUFTensor):
+            _fill_from_gguf(target, info)
+        else:
+            names_by_file[info.file].append(name)
     for file, names in names_by_file.items():
         try:
             with safe_open(file, framework="pt") as weights:
@@ -236,6 +248,16 @@ def _copy(tensors: dict[str, TensorInfo], targets: dict[str, _Target]) -> None:
                     targets[name].fill(weights.get_tensor(tensors[name].name))
         except (OSError, SafetensorError) as error:
             raise UnsupportedModelError(f"{file}: {error}") from error
+
+
+def _fill_from_gguf(target: _Target, info: GGUFTensor) -> None:
+    try:
+        for first, plain in read_plain(info):
+            tensor = torch.from_numpy(plain)
+            is_whole = tensor.shape == target.shape
+            (target if is_whole else target.rows(first, len(tensor))).fill(tensor)
+    except OSError as error:
+        raise UnsupportedModelError(f"{info.file}: {error.strerror or error}") from error
 
 
 @torch.no_grad()

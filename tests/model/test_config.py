@@ -128,7 +128,27 @@ def test_windows_by_family(
         (variant(quantization_config={"quant_method": "gptq"}), "quantised weights"),
         (variant(hidden_act="gelu"), "hidden_act 'gelu'"),
         (variant(rope_scaling={"type": "dynamic", "factor": 2.0}), "RoPE type 'dynamic'"),
-        (variant(rope_scaling={"rope_type": "longrope"}), "RoPE type 'longrope'"),
+        (variant(rope_scaling={"rope_type": "longrope"}), "short_factor is not 8 positive numbers"),
+        (
+            variant(
+                rope_scaling={
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                }
+            ),
+            "short_factor and long_factor differ",
+        ),
+        (
+            variant(
+                rope_scaling={
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 7 + [0.0],
+                    "long_factor": [1.0] * 7 + [0.0],
+                }
+            ),
+            "short_factor is not 8 positive numbers",
+        ),
         (variant(rope_scaling={"rope_type": ["yarn"]}), "RoPE type"),
         (variant(rope_scaling={"rope_type": "linear"}), "factor is None"),
         (variant(rope_scaling={"rope_type": "linear", "factor": 0}), "factor is 0"),

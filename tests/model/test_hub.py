@@ -18,9 +18,9 @@ def test_a_directory_is_itself(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.bin"
     file.touch()
-    with pytest.raises(UnsupportedModelError, match="a model is a directory"):
+    with pytest.raises(UnsupportedModelError, match=r"a model is a directory .*, or a \.gguf file"):
         resolve_model(str(file))
 
 
