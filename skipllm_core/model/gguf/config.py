@@ -53,6 +53,8 @@ def model_config(header: Header) -> dict[str, Any]:
         if keys.get(name, value) != value:
             raise header.refused(f"{architecture}.{name} {keys.get(name)!r:.40} is not supported")
     num_layers, heads = keys.size("block_count"), keys.size("attention.head_count")
+    if num_layers > len(header.tensors):
+        raise header.refused(f"{num_layers} layers, but {len(header.tensors)} tensors")
     if architecture == "llama" and keys.get("attention.sliding_window"):
         architecture = "mistral"
     head_dim = _head_dim(header, keys, heads)
@@ -180,11 +182,11 @@ def _rope(header: Header, keys: _Keys, head_dim: int) -> dict[str, Any]:
     if kind == "none":
         scale = keys.number("rope.scale_linear", default=1.0)  # older files
         return rope if scale == 1.0 else rope | {"rope_type": "linear", "factor": scale}
+    if kind not in ("linear", "yarn"):
+        raise keys.refused("rope.scaling.type", "none, linear or yarn, which are supported")
     factor = keys.number("rope.scaling.factor")
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
-        raise keys.refused("rope.scaling.type", "none, linear or yarn, which are supported")
     stretch = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     return rope | {
         "rope_type": "yarn",

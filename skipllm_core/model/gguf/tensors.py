@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Plain = NDArray[np.float32]
 
 ROPE_FACTORS = "rope_freqs.weight"  # part of the config
-_CHUNK_NUMBERS = 2**22  # that are made plain at a time
+_CHUNK_NUMBERS = 2**20  # that are made plain at a time
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
