@@ -14,7 +14,14 @@ from server.parts import AnswerParser, Content, EndReason, Part, ToolCallBegin, 
 from skipllm_core.client import RequestStream
 from skipllm_core.detokenizer import Detokenizer
 from skipllm_core.errors import InvalidRequestError, SkipLLMError
-from skipllm_core.types import FinishReason, SeqOutput, SkipUsage, TokenLogprobs
+from skipllm_core.types import (
+    FinishReason,
+    LayerNeurons,
+    SeqOutput,
+    SkipUsage,
+    TokenLogprobs,
+    total_skip_usage,
+)
 
 
 class SequenceFailedError(SkipLLMError):
@@ -33,6 +40,7 @@ class Delta:
     # Whole characters before each of the same tokens, and before the one that ended the answer.
     text_offsets: tuple[int, ...] = ()
     skipped_layers: tuple[tuple[int, ...], ...] = ()
+    skipped_neurons: tuple[LayerNeurons, ...] = ()
     finish_reason: EndReason | None = None
     stopped_by: str | int | None = None  # the stop string or stop token that ended it
     # With the first delta that is not empty: of the prompt's tokens behind its first.
@@ -95,6 +103,7 @@ class Choice:
             tuple(pair for part in held for pair in _logprobs_of_text(part)),
             tuple(offsets),
             tuple(layers for part in held for layers in part.skipped_layers),
+            tuple(neurons for part in held for neurons in part.skipped_neurons),
             "tool_calls" if has_called else output.finish_reason,
             self._detokenizer.stopped_by or held[-1].stop_token_id,
             tuple(found for part in held for found in part.prompt_logprobs),
@@ -154,19 +163,12 @@ class Generation:
     def usage(self) -> Usage:
         """So far. A prompt counts once, its cached tokens with what its first choice found: the
         others may find what that one has just computed."""
-        skips = [choice.skip_usage for choice in self.choices]
         return Usage(
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=sum(c.num_cached_tokens for c in self.choices[:: self._n]),
             num_generated_tokens=sum(choice.num_tokens for choice in self.choices),
             num_reasoning_tokens=sum(choice.num_reasoning_tokens for choice in self.choices),
-            skip=SkipUsage(
-                skipped_ffn_blocks=sum(skip.skipped_ffn_blocks for skip in skips),
-                total_ffn_blocks=sum(skip.total_ffn_blocks for skip in skips),
-                skipped_ffn_rows=sum(skip.skipped_ffn_rows for skip in skips),
-                total_ffn_rows=sum(skip.total_ffn_rows for skip in skips),
-                warmup_tokens=sum(skip.warmup_tokens for skip in skips),
-            ),
+            skip=total_skip_usage(choice.skip_usage for choice in self.choices),
         )
 
     async def deltas(self) -> AsyncIterator[Delta]:
@@ -229,6 +231,7 @@ def _cut(output: SeqOutput, num_tokens: int) -> SeqOutput:
         token_ids=output.token_ids[:num_tokens],
         logprobs=output.logprobs[:num_tokens],
         skipped_layers=output.skipped_layers[:num_tokens],
+        skipped_neurons=output.skipped_neurons[:num_tokens],
         finish_reason="stop",
         stop_token_id=None,
     )

@@ -14,8 +14,17 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
+from server.ffn_metrics import FfnMetrics
 from skipllm_core.client import EngineClient
-from skipllm_core.types import FinishReason, SeqOutput, SkipUsage, StepKind, StepStats
+from skipllm_core.types import (
+    EngineInfo,
+    FinishReason,
+    SeqOutput,
+    SkipUsage,
+    StepKind,
+    StepStats,
+    total_skip_usage,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,22 +78,16 @@ class Metrics:
         # Skipping.
         self.skip_ratio = Histogram(
             "skipllm_request_skip_ratio",
-            "Skipped FFN blocks / all FFN blocks of a request's tokens that usage.skip counts.",
+            "Share of the FFN weights that a request's tokens left out, as usage.skip tells it.",
             buckets=_RATIO_BUCKETS,
             registry=registry,
         )
-        self._ffn_blocks = Counter(
-            "skipllm_ffn_blocks_total",
-            "FFN blocks of decode steps, and of prompts under skip.prompt, per token, by layer "
-            "and outcome.",
-            ["layer", "outcome"],
-            registry=registry,
-        )
-        self._ffn_computed: list[Counter] = []  # per layer
-        self._ffn_skipped: list[Counter] = []
+        self._ffn = FfnMetrics()
+        registry.register(self._ffn)
         reads = Counter(
             "skipllm_ffn_weight_reads_total",
-            "FFN weights of a layer that a decode step read, or avoided as every row skipped.",
+            "FFN weights that decode steps read, or avoided as no row wanted them: 1 of a whole "
+            "layer, a fraction of some of its neurons.",
             ["outcome"],
             registry=registry,
         )
@@ -182,6 +185,8 @@ class Metrics:
         def on_step(stats: StepStats) -> None:
             nonlocal last
             last = stats
+            if not self._ffn.is_shaped:
+                self.set_shape(engine.info)
             self.observe_step(stats)
 
         def num_running() -> int:
@@ -196,11 +201,9 @@ class Metrics:
         self._kv_cache_usage.set_function(kv_cache_usage)
         self._engine_up.set_function(lambda: engine.health().state == "ready")
 
-    def set_num_layers(self, num_layers: int) -> None:
+    def set_shape(self, info: EngineInfo) -> None:
         """Make the series of every layer; called once the engine has told how many there are."""
-        for layer in range(len(self._ffn_computed), num_layers):
-            self._ffn_computed.append(self._ffn_blocks.labels(str(layer), "computed"))
-            self._ffn_skipped.append(self._ffn_blocks.labels(str(layer), "skipped"))
+        self._ffn.set_shape(info.num_layers, info.num_neurons)
 
     def observe_step(self, stats: StepStats) -> None:
         self._step_seconds[stats.kind].observe(stats.duration_s)
@@ -210,11 +213,7 @@ class Metrics:
         self._prefix_cache_hits.inc(stats.num_prefix_cache_hits)
         self._weight_reads.inc(stats.ffn_weight_reads)
         self._weight_reads_avoided.inc(stats.ffn_weight_reads_avoided)
-        self.set_num_layers(len(stats.ffn_computed))
-        for counter, rows in zip(self._ffn_computed, stats.ffn_computed, strict=False):
-            counter.inc(rows)
-        for counter, rows in zip(self._ffn_skipped, stats.ffn_skipped, strict=False):
-            counter.inc(rows)
+        self._ffn.add(stats)
 
     def request(self, endpoint: Endpoint, request_id: str = "") -> RequestMetrics:
         """The recorder of a request that has just been received. The id is for the log alone."""
@@ -289,12 +288,10 @@ class RequestMetrics:
         metrics = self._metrics
         metrics.count_request(self._endpoint, status, finish_reason)
         latency_s = metrics.clock() - self._arrival_s
-        num_ffn_blocks = sum(usage.total_ffn_blocks for usage in self._skip_usages.values())
-        num_skipped = sum(usage.skipped_ffn_blocks for usage in self._skip_usages.values())
-        ratio = num_skipped / num_ffn_blocks if num_ffn_blocks else 0.0
+        skipped_ffn_share = total_skip_usage(self._skip_usages.values()).skipped_ffn_share
         if finish_reason in ("stop", "length"):
             metrics.latency.observe(latency_s)
-            metrics.skip_ratio.observe(ratio)
+            metrics.skip_ratio.observe(skipped_ffn_share)
             for times in self._sequences.values():
                 if times.num_tokens > 1:
                     metrics.tpot.observe((times.last_s - times.first_s) / (times.num_tokens - 1))
@@ -308,7 +305,7 @@ class RequestMetrics:
             "generated_tokens": sum(times.num_tokens for times in self._sequences.values()),
             "ttft_s": None if self._ttft_s is None else round(self._ttft_s, 4),
             "latency_s": round(latency_s, 4),
-            "token_skip_ratio": round(ratio, 4),
+            "skipped_ffn_share": round(skipped_ffn_share, 4),
             "error": error,
         }
         logger.info("request", extra=facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -116,6 +116,18 @@ class SkipUsage:
         return self.skipped_ffn_rows / self.total_ffn_rows if self.total_ffn_rows else 0.0
 
 
+def total_skip_usage(usages: Iterable[SkipUsage]) -> SkipUsage:
+    """Of several sequences."""
+    found = list(usages)
+    return SkipUsage(
+        skipped_ffn_blocks=sum(usage.skipped_ffn_blocks for usage in found),
+        total_ffn_blocks=sum(usage.total_ffn_blocks for usage in found),
+        skipped_ffn_rows=sum(usage.skipped_ffn_rows for usage in found),
+        total_ffn_rows=sum(usage.total_ffn_rows for usage in found),
+        warmup_tokens=sum(usage.warmup_tokens for usage in found),
+    )
+
+
 def num_rows_left_out(neurons: LayerNeurons) -> int:
     """Rows of FFN weights: of a neuron that is out before up two, as gate is always read."""
     return sum(2 * before_up + before_down for before_up, before_down in neurons)
@@ -141,7 +153,8 @@ class SeqOutput:
     # computed. All of them come before or with the first token.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     skipped_layers: tuple[tuple[int, ...], ...] = ()  # one per token when traced
-    skipped_neurons: tuple[LayerNeurons, ...] = ()  # the same; () where the token ran them all
+    # One per token when traced under `neurons`; () of a token that ran them all.
+    skipped_neurons: tuple[LayerNeurons, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the last of token_ids, which ended it; not part of the text
     error: str | None = None  # with finish_reason "error"

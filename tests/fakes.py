@@ -21,7 +21,14 @@ from skipllm_core.engine.runner import (
 from skipllm_core.errors import ConfigError
 from skipllm_core.sequence import Sequence
 from skipllm_core.tokenizer import Tokenizer
-from skipllm_core.types import SkipPolicyName, TokenLogprobs
+from skipllm_core.types import (
+    ROWS_PER_NEURON,
+    LayerNeurons,
+    SkipPolicyName,
+    TokenLogprobs,
+    num_rows_left_out,
+    sum_by_layer,
+)
 
 NextToken = Callable[[Sequence], int]
 
@@ -39,7 +46,8 @@ class FakeRunner:
     that is missing, stale, or another prompt's fails the step.
 
     Skips as told: after the warm-up, every decode step of a sequence whose policy is not `never`
-    skips the last `num_skipped` layers of its skippable region, and so does what counts as decoded.
+    skips the last `num_skipped` layers of its skippable region, and so does what counts as decoded;
+    under `neurons` it leaves out of layer l, (l + before up, before down) of its `num_neurons`.
     A prompt's log-probabilities are `prompt_logprob`. `fail` may raise, sleep or look.
     """
 
@@ -52,6 +60,7 @@ class FakeRunner:
         num_kv_blocks: int = 256,
         block_size: int = 16,
         num_skipped: int = 1,
+        neurons: tuple[int, int] = (3, 1),
         step_s: float = 0.0,
         min_prefill_tokens: int = 8,
         fail: Callable[[Batch], None] = lambda batch: None,
@@ -71,6 +80,7 @@ class FakeRunner:
         self._contents: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()
         self._next_token = next_token
         self._num_skipped = num_skipped
+        self._neurons = neurons
         self._step_s = step_s
         self._fail = fail
 
@@ -83,7 +93,10 @@ class FakeRunner:
         if batch.kind == "prefill":
             return StepResult(rows)
         common = set(range(self.num_layers)).intersection(*(row.skipped_layers for row in rows))
-        return StepResult(rows, self.num_layers - len(common), len(common))
+        avoided = float(len(common))
+        if all(row.neurons for row in rows):  # they leave the same ones out
+            avoided += num_rows_left_out(rows[0].neurons) / (ROWS_PER_NEURON * self.num_neurons)
+        return StepResult(rows, self.num_layers - avoided, avoided)
 
     def _row(self, batch: Batch, row: ScheduledSeq) -> RowResult:
         seq = row.seq
@@ -94,9 +107,10 @@ class FakeRunner:
         found = [cell for block in seq.block_table for cell in self._cache[block]]
         assert found[:end] == content[:end], "a corrupt KV cache"
         skipped: tuple[int, ...] = ()
+        neurons: LayerNeurons = ()
         is_decode = batch.kind == "decode"
         if is_decode and seq.skip.policy != "never" and not seq.is_warming_up:
-            skipped = self._skipped(seq)
+            skipped, neurons = self._skipped(seq), self._left_out(seq)
         if seq.grammar is not None and row.samples:
             seq.grammar.mask()  # whoever samples waits for it
             if seq.grammar.error is not None:
@@ -104,12 +118,19 @@ class FakeRunner:
         return RowResult(
             self._next_token(seq) if row.samples else None,
             skipped_layers=skipped,
+            neurons=neurons,
             prompt_logprobs=() if is_decode else _prompt_logprobs(row),
             prompt_skips=self._prompt_skips(row) if seq.skip.prompt and not is_decode else None,
         )
 
     def _skipped(self, seq: Sequence) -> tuple[int, ...]:
         return tuple(range(seq.skip.cold_start, seq.skip.cold_end))[-self._num_skipped :]
+
+    def _left_out(self, seq: Sequence) -> LayerNeurons:
+        if seq.skip.policy != "neurons":
+            return ()
+        before_up, before_down = self._neurons
+        return tuple((layer + before_up, before_down) for layer in range(self.num_layers))
 
     def _prompt_skips(self, row: ScheduledSeq) -> PromptSkips:
         seq = row.seq
@@ -119,6 +140,7 @@ class FakeRunner:
         return PromptSkips(
             len(positions),
             tuple(num_skipping * (layer in skipped) for layer in range(self.num_layers)),
+            sum_by_layer([self._left_out(seq)] * num_skipping),
         )
 
     def _content(self, seq: Sequence) -> list[int]:

@@ -106,7 +106,7 @@ FLOORS = {
         {"parts", "settings"},
         {"protocol"},
         {"tools"},
-        {"errors", "logs", "openapi", "settings_sources"},
+        {"errors", "ffn_metrics", "logs", "openapi", "settings_sources"},
         {"cors", "error_forms", "lifecycle", "metrics", "response_store", "sse"},
         {"tolerance", "translation"},
         {"guard", "service"},

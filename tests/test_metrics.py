@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from server.metrics import Metrics
-from skipllm_core.types import EngineHealth, SeqOutput, SkipUsage, StepStats
+from skipllm_core.types import EngineHealth, EngineInfo, SeqOutput, SkipUsage, StepStats
+from tests.fakes import FakeRunner, fake_engine
 
 DESIGN = [
     "request_skip_ratio",
     "ffn_blocks_total",
+    "ffn_neurons_total",
     "ffn_weight_reads_total",
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
@@ -40,10 +42,15 @@ class Clock:
         return self.now_s
 
 
+def info(num_layers: int) -> EngineInfo:
+    return fake_engine(FakeRunner(num_layers=num_layers)).info
+
+
 class FakeEngine:
     """What the metrics look at in an engine."""
 
     def __init__(self) -> None:
+        self.info = info(num_layers=3)
         self.on_step: list[Callable[[StepStats], None]] = []
         self.num_unfinished = 0
         self.state: Any = "ready"
@@ -89,7 +96,7 @@ def decode_step(**changes: Any) -> StepStats:
 
 
 def test_every_metric_of_the_design_exists_before_the_first_request(metrics: Metrics) -> None:
-    metrics.set_num_layers(3)
+    metrics.set_shape(info(3))
     text = metrics.render().decode()
     for name in DESIGN:
         assert re.search(rf"^skipllm_{name}(_count)?(\{{.*\}})? ", text, re.MULTILINE), name
@@ -141,7 +148,7 @@ def test_a_request_with_two_answers_has_one_first_token_and_gaps_of_each(
         for seq_id in (0, 1):
             request.output(SeqOutput(seq_id=seq_id, token_ids=(1,)))
     for seq_id, skipped in ((0, 2), (1, 4)):
-        usage = SkipUsage(skipped_ffn_blocks=skipped, total_ffn_blocks=12)
+        usage = SkipUsage(skipped_ffn_rows=skipped, total_ffn_rows=12)
         request.output(SeqOutput(seq_id=seq_id, finish_reason="stop", skip_usage=usage))
     request.finished(200, "stop")
     assert value(metrics, "time_to_first_token_seconds_count") == 1
@@ -164,22 +171,49 @@ def test_only_the_first_end_of_a_request_counts(metrics: Metrics) -> None:
 
 
 def test_a_step_counts_its_rows_per_layer_and_its_weight_reads(metrics: Metrics) -> None:
+    metrics.set_shape(info(3))
     metrics.observe_step(decode_step())
     metrics.observe_step(
         decode_step(
             ffn_computed=(1, 1, 0),
             ffn_skipped=(0, 0, 1),
-            ffn_weight_reads=2,
-            ffn_weight_reads_avoided=1,
+            ffn_weight_reads=1.75,
+            ffn_weight_reads_avoided=1.25,
             num_preemptions=1,
         )
     )
     assert value(metrics, "ffn_blocks_total", layer="0", outcome="computed") == 3
     assert value(metrics, "ffn_blocks_total", layer="2", outcome="skipped") == 2
-    assert value(metrics, "ffn_weight_reads_total", outcome="read") == 5
-    assert value(metrics, "ffn_weight_reads_total", outcome="avoided") == 1
+    assert value(metrics, "ffn_weight_reads_total", outcome="read") == 4.75
+    assert value(metrics, "ffn_weight_reads_total", outcome="avoided") == 1.25
     assert value(metrics, "engine_step_seconds_count", kind="decode") == 2
     assert value(metrics, "preemptions_total") == 1
+
+
+def test_every_neuron_of_a_counted_token_has_one_outcome(metrics: Metrics) -> None:
+    engine = FakeEngine()
+    metrics.watch(engine)  # type: ignore[arg-type]
+    (on_step,) = engine.on_step
+    on_step(decode_step())  # nobody leaves out neurons
+    on_step(
+        decode_step(
+            ffn_computed=(2, 2, 1),
+            ffn_skipped=(0, 0, 1),
+            neurons_skipped_before_up=(5, 0, 1),
+            neurons_skipped_before_down=(3, 2, 0),
+        )
+    )
+
+    def of_layer(layer: int) -> list[float]:
+        outcomes = ("computed", "skipped_before_up", "skipped_before_down", "skipped_with_block")
+        return [
+            value(metrics, "ffn_neurons_total", layer=str(layer), outcome=outcome)
+            for outcome in outcomes
+        ]
+
+    assert of_layer(0) == [4 * 16 - 8, 5, 3, 0]
+    assert of_layer(1) == [4 * 16 - 2, 0, 2, 0]
+    assert of_layer(2) == [2 * 16 - 1, 1, 0, 2 * 16]
 
 
 def test_prefix_cache_counts_are_tokens(metrics: Metrics) -> None:
@@ -225,7 +259,7 @@ def test_engine_up_is_asked_at_every_scrape(metrics: Metrics) -> None:
 
 
 def test_usual_traffic_makes_no_new_series(metrics: Metrics) -> None:
-    metrics.set_num_layers(3)
+    metrics.set_shape(info(3))
     before = series(metrics)
     for seq_id in range(20):
         request = metrics.request("chat")

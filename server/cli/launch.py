@@ -179,7 +179,7 @@ async def _serve(
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()  # raises ConfigError
-            metrics.set_num_layers(engine.info.num_layers)
+            metrics.set_shape(engine.info)
             print_banner(
                 settings,
                 engine.info,

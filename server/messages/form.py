@@ -13,10 +13,11 @@ from server.error_forms import anthropics_body
 from server.errors import ErrorReply
 from server.generation import Delta, Generation
 from server.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallBegin, Usage
-from server.protocol.answers import skip_block
+from server.protocol.answers import skip_block, skip_trace
 from server.service import Service
 from server.sse import named_event
 from server.translation import in_the_clients_words
+from skipllm_core.types import LayerNeurons
 
 # Anthropic's service signs what its models think, to know it again. Nothing is signed here, and
 # whatever comes back is taken.
@@ -40,6 +41,7 @@ class MessagesForm:
         self._request_id = request_id
         self._blocks = Blocks()
         self._skipped_layers: list[tuple[int, ...]] = []
+        self._skipped_neurons: list[LayerNeurons] = []
         self._ending: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
         self._head: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
@@ -55,7 +57,7 @@ class MessagesForm:
         for _ in self._blocks.finish():
             pass
         message = {**self._head, "content": self._blocks.content, **self._ending}
-        return message | self._usage() | self._trace()
+        return message | self._usage_and_trace()
 
     def opening(self) -> Iterator[bytes]:
         usage = replace(self._generation.usage, num_generated_tokens=0, num_reasoning_tokens=0)
@@ -71,7 +73,7 @@ class MessagesForm:
     def closing(self) -> Iterator[bytes]:
         for event in self._blocks.finish():
             yield named_event(event["type"], event)
-        end = {"type": "message_delta", "delta": self._ending} | self._usage() | self._trace()
+        end = {"type": "message_delta", "delta": self._ending} | self._usage_and_trace()
         yield named_event("message_delta", end)
         yield named_event("message_stop", {"type": "message_stop"})
 
@@ -81,6 +83,7 @@ class MessagesForm:
 
     def _of_delta(self, delta: Delta) -> Iterator[dict[str, Any]]:
         self._skipped_layers += delta.skipped_layers
+        self._skipped_neurons += delta.skipped_neurons
         if delta.finish_reason is not None:
             reason = _STOP_REASONS.get(delta.finish_reason)
             if isinstance(delta.stopped_by, str) and reason == "end_turn":
@@ -89,12 +92,9 @@ class MessagesForm:
             self._ending["stop_reason"] = reason
         return self._blocks.add(delta.parts)
 
-    def _usage(self) -> dict[str, Any]:
-        return {"usage": usage_block(self._generation.usage)}
-
-    def _trace(self) -> dict[str, Any]:
-        layers = self._skipped_layers
-        return {"skip": {"skipped_layers": layers}} if layers else {}
+    def _usage_and_trace(self) -> dict[str, Any]:
+        trace = skip_trace(self._skipped_layers, self._skipped_neurons)
+        return {"usage": usage_block(self._generation.usage), **trace}
 
 
 def usage_block(usage: Usage) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from server.parts import Usage
 from skipllm_core.detokenizer import Detokenizer
 from skipllm_core.tokenizer import Tokenizer
-from skipllm_core.types import SkipUsage, TokenLogprobs
+from skipllm_core.types import LayerNeurons, SkipUsage, TokenLogprobs
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
@@ -16,11 +16,20 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 def skip_block(skip: SkipUsage) -> dict[str, Any]:
     """The `skip` object of every endpoint's usage."""
     return {
+        "skipped_ffn_share": skip.skipped_ffn_share,
         "token_skip_ratio": skip.token_skip_ratio,
         "skipped_ffn_blocks": skip.skipped_ffn_blocks,
         "total_ffn_blocks": skip.total_ffn_blocks,
         "warmup_tokens": skip.warmup_tokens,
     }
+
+
+def skip_trace(layers: Sequence[Sequence[int]], neurons: Sequence[LayerNeurons]) -> dict[str, Any]:
+    """What `skip.trace` adds to a chunk or an answer: its `skip`, of one entry per token. Neurons
+    are told under the policy that leaves them out. {} where nothing is traced."""
+    if not layers:
+        return {}
+    return {"skip": {"skipped_layers": layers, **({"skipped_neurons": neurons} if neurons else {})}}
 
 
 def usage_block(usage: Usage) -> dict[str, Any]:

@@ -29,8 +29,11 @@ class Error(Described):
 
 
 class SkipUsage(Described):
+    skipped_ffn_share: float
+    """Share of the FFN weights that were not used, whatever the policy: a skipped block leaves out
+    all of its layer's, a neuron its rows of up and down."""
     token_skip_ratio: float
-    """Skipped FFN blocks / (decoded tokens x layers)."""
+    """Skipped FFN blocks, whole ones, / (decoded tokens x layers)."""
     skipped_ffn_blocks: int
     total_ffn_blocks: int
     warmup_tokens: int
@@ -54,9 +57,12 @@ class Usage(Described):
     skip: SkipUsage
 
 
-class SkippedLayers(Described):
+class SkipTrace(Described):
     skipped_layers: list[list[int]]
-    """For each token, the layers that it skipped."""
+    """For each token, the layers whose FFN it skipped."""
+    skipped_neurons: list[list[tuple[int, int]]] | None = None
+    """Under the policy `neurons`: for each token, by layer, how many neurons it left out before up,
+    and of the others before down; nothing for a token that ran them all."""
 
 
 class TokenLogprob(Described):
@@ -116,7 +122,7 @@ class ChatChoice(Described):
     """The stop string or the stop token that ended the answer."""
     token_ids: list[int] | None
     """With return_token_ids: the answer's tokens."""
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
 
 
 class Answered(Described):
@@ -175,7 +181,7 @@ class ChatCompletionChunk(Answered):
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
 
 
 class CompletionChunkChoice(Described):
@@ -198,7 +204,7 @@ class CompletionChoice(Described):
     token_ids: list[int] | None
     prompt_token_ids: list[int] | None
     prompt_logprobs: PromptLogprobs | None
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
 
 
 class Completion(Answered):
@@ -212,7 +218,7 @@ class CompletionChunk(Answered):
     object: Literal["text_completion"]
     choices: list[CompletionChunkChoice]
     usage: Usage | None = None
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
 
 
 class ModelCard(Described):

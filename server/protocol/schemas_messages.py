@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import RootModel
 
-from server.protocol.schemas import Described, SkippedLayers, SkipUsage
+from server.protocol.schemas import Described, SkipTrace, SkipUsage
 
 
 class MessagesErrorObject(Described):
@@ -79,7 +79,7 @@ class MessageObject(MessageEnding):
     model: str
     content: list[Output]
     usage: MessageUsage
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
     """With skip.trace."""
 
 
@@ -129,7 +129,7 @@ class MessageDeltaEvent(Described):
     type: Literal["message_delta"]
     delta: MessageEnding
     usage: MessageUsage
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
 
 
 class BareEvent(Described):

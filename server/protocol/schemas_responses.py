@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import RootModel
 
-from server.protocol.schemas import ContentLogprob, Described, ErrorObject, SkippedLayers, SkipUsage
+from server.protocol.schemas import ContentLogprob, Described, ErrorObject, SkipTrace, SkipUsage
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Tier = Literal["default"]
@@ -94,7 +94,7 @@ class ResponseObject(Described):
     model: str
     output: list[OutputItem]
     usage: ResponseUsage | None
-    skip: SkippedLayers | None = None
+    skip: SkipTrace | None = None
     """With skip.trace."""
     store: bool
     """Whether it is kept, once it is complete."""

@@ -9,7 +9,7 @@ from typing import Any
 from server.errors import ErrorReply
 from server.generation import Delta, Generation
 from server.parts import EndReason, Usage
-from server.protocol.answers import chat_logprobs, skip_block
+from server.protocol.answers import chat_logprobs, skip_block, skip_trace
 from server.protocol.items import new_id
 from server.protocol.responses import ResponsesRequest
 from server.responses.chat import LOGPROBS
@@ -17,6 +17,7 @@ from server.responses.output import Event, Logprobs, Output
 from server.service import Service
 from server.sse import named_event
 from server.translation import in_the_clients_words
+from skipllm_core.types import LayerNeurons
 
 
 class ResponsesForm:
@@ -39,6 +40,7 @@ class ResponsesForm:
         self._output = Output()
         self._finish_reason: EndReason | None = None
         self._skipped_layers: list[tuple[int, ...]] = []
+        self._skipped_neurons: list[LayerNeurons] = []
         self._num_events = 0
         self._head = _head(service, body, is_kept=keep is not None)
 
@@ -76,6 +78,7 @@ class ResponsesForm:
     def _of_delta(self, delta: Delta) -> Iterator[Event]:
         self._finish_reason = delta.finish_reason
         self._skipped_layers += delta.skipped_layers
+        self._skipped_neurons += delta.skipped_neurons
         logprobs: Logprobs = []
         if self._wants_logprobs:
             logprobs = chat_logprobs(self._tokenizer, delta.logprobs)["content"]
@@ -100,8 +103,7 @@ class ResponsesForm:
         else:
             response["completed_at"] = int(time.time())
         response["usage"] = usage_block(self._generation.usage)
-        if self._skipped_layers:
-            response["skip"] = {"skipped_layers": self._skipped_layers}
+        response |= skip_trace(self._skipped_layers, self._skipped_neurons)
         if self._keep is not None:
             response["store"] = self._keep(response)
         return response

@@ -245,6 +245,7 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         tuple(pair for delta in deltas for pair in delta.logprobs),
         tuple(offset for delta in deltas for offset in delta.text_offsets),
         tuple(layers for delta in deltas for layers in delta.skipped_layers),
+        tuple(neurons for delta in deltas for neurons in delta.skipped_neurons),
         last.finish_reason,
         last.stopped_by,
         tuple(found for delta in deltas for found in delta.prompt_logprobs),

@@ -27,6 +27,7 @@ from server.parts import (
 from server.protocol.answers import (
     chat_logprobs,
     prompt_logprobs,
+    skip_trace,
     stop_reason,
     token_label,
     token_text,
@@ -134,8 +135,7 @@ class ChatForm:
                 "token_ids": None,
             }
             self._add_details(choice, delta)
-            if delta.skipped_layers:
-                choice["skip"] = {"skipped_layers": delta.skipped_layers}
+            choice |= skip_trace(delta.skipped_layers, delta.skipped_neurons)
             choices.append(choice)
         return {
             **self._head,
@@ -163,9 +163,7 @@ class ChatForm:
         # Its last tokens may have no text: then their chunk ends the choice.
         choice = self._choice(delta.index, first, None if first else delta)
         self._add_details(choice, delta)
-        more: dict[str, Any] = {}
-        if delta.skipped_layers:
-            more["skip"] = {"skipped_layers": delta.skipped_layers}
+        more: dict[str, Any] = {**skip_trace(delta.skipped_layers, delta.skipped_neurons)}
         if delta.index == 0 and not self._has_begun:
             self._has_begun = True
             if (found := self._prompt_logprobs(delta)) is not None:

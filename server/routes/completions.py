@@ -20,6 +20,7 @@ from server.protocol.answers import (
     completion_logprobs,
     echo_offsets,
     prompt_logprobs,
+    skip_trace,
     stop_reason,
     token_label,
     token_text,
@@ -107,10 +108,8 @@ class CompletionForm:
                 yield self._stream.chunk(self._chunk_choice(echoed), is_opening=True)
 
     def events(self, delta: Delta) -> Iterator[bytes]:
-        more: dict[str, Any] = {}
-        if delta.skipped_layers:
-            more["skip"] = {"skipped_layers": delta.skipped_layers}
-        yield self._stream.chunk(self._chunk_choice(delta), **more)
+        trace = skip_trace(delta.skipped_layers, delta.skipped_neurons)
+        yield self._stream.chunk(self._chunk_choice(delta), **trace)
 
     def closing(self) -> Iterator[bytes]:
         return self._stream.closing()
@@ -126,8 +125,7 @@ class CompletionForm:
                 "prompt_logprobs": None,
                 **self._choice(delta, has_prompt=True),
             }
-            if delta.skipped_layers:
-                choice["skip"] = {"skipped_layers": delta.skipped_layers}
+            choice |= skip_trace(delta.skipped_layers, delta.skipped_neurons)
             if self._body.return_token_ids:
                 choice["prompt_token_ids"] = self._prompts[delta.index // self._n]
             choices.append(choice)

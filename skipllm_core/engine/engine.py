@@ -293,7 +293,7 @@ class Engine:
             logprobs=() if row.logprobs is None else (row.logprobs,),
             prompt_logprobs=row.prompt_logprobs,
             skipped_layers=(row.skipped_layers,) if has_token and seq.skip.trace else (),
-            skipped_neurons=(row.neurons,) if has_token and seq.skip.trace else (),
+            skipped_neurons=(row.neurons,) if has_token and _traces_neurons(seq) else (),
             queue_s=seq.queue_s if is_at_first else None,
             num_cached_tokens=seq.num_cached_tokens if is_at_first else None,
             skip_usage=self._skip_usage(seq),
@@ -375,6 +375,10 @@ class Engine:
             ffn_weight_reads=result.ffn_weight_reads,
             ffn_weight_reads_avoided=result.ffn_weight_reads_avoided,
         )
+
+
+def _traces_neurons(seq: Sequence) -> bool:
+    return seq.skip.trace and seq.skip.policy == "neurons"
 
 
 def _tell_prompt(seq: Sequence, row: RowResult) -> None:

@@ -23,7 +23,7 @@ from skipllm_core.engine.engine import Engine
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.fakes import FakeRunner, NextToken, count_up
-from tests.skip.profiles import point, profile
+from tests.skip.profiles import neuron_point, point, profile
 
 MODEL = "fake"
 
@@ -31,6 +31,7 @@ MODEL = "fake"
 def make_profile(num_layers: int = 4) -> SkipProfile:
     return profile(
         point(0.25, 0.9, region=(1, 3)),
+        neurons=(neuron_point(0.25, num_layers=num_layers, kl=0.02),),
         num_layers=num_layers,
         cold_start=1,
         cold_end=3,

@@ -71,6 +71,7 @@ async def test_a_chat_answer_has_openais_form(singer: Server) -> None:
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
         "skip": {
+            "skipped_ffn_share": 0.0,
             "token_skip_ratio": 0.0,
             "skipped_ffn_blocks": 0,
             "total_ffn_blocks": 5 * 4,
@@ -529,6 +530,7 @@ async def test_skipping_is_as_the_request_says_and_the_usage_tells(server: Serve
     content = (await server.chat(max_tokens=6, skip={"ratio": 0.2, "warmup_tokens": 3})).json()
     # Five decode steps, of which two fall into the warm-up; the fake skips one layer in the rest.
     assert content["usage"]["skip"] == {
+        "skipped_ffn_share": 3 / 20,
         "token_skip_ratio": 3 / 20,
         "skipped_ffn_blocks": 3,
         "total_ffn_blocks": 20,
@@ -548,6 +550,52 @@ async def test_a_trace_tells_the_layers_skipped_for_every_token(server: Server) 
     chunks = events((await server.chat(**options, stream=True)).text)
     layers = [row for chunk in chunks if "skip" in chunk for row in chunk["skip"]["skipped_layers"]]
     assert layers == [[], [], [2], [2], [2]]
+
+
+async def test_neurons_left_out_are_told_as_a_share_of_the_weights_over_all_choices(
+    server: Server,
+) -> None:
+    skip = {"policy": "neurons", "ratio": 0.25, "warmup_tokens": 3}
+    body = {"prompt": "hi", "max_tokens": 6, "skip": skip}
+    content = (await server.post("/v1/completions", body | {"n": 2})).json()
+    # Of five decode steps three leave out of layer l, with its 48 rows, l + 3 neurons before up and
+    # 1 before down: 7, 9, 11 and 13 rows.
+    assert content["usage"]["skip"] == {
+        "skipped_ffn_share": pytest.approx(2 * 3 * (7 + 9 + 11 + 13) / (2 * 5 * 4 * 48)),
+        "token_skip_ratio": 0.0,
+        "skipped_ffn_blocks": 0,
+        "total_ffn_blocks": 40,
+        "warmup_tokens": 6,
+    }
+
+
+NEURONS_OF_A_TOKEN = [[3, 1], [4, 1], [5, 1], [6, 1]]
+
+
+async def test_a_trace_tells_by_layer_how_many_neurons_each_token_left_out(server: Server) -> None:
+    options = {"max_tokens": 4, "skip": {"policy": "neurons", "ratio": 0.2, "trace": True}}
+    expected = {
+        "skipped_layers": [[]] * 4,
+        "skipped_neurons": [[], [], NEURONS_OF_A_TOKEN, NEURONS_OF_A_TOKEN],
+    }
+    chats = [(await server.chat(**options)).json(), (await server.complete(**options)).json()]
+    for whole in chats:
+        assert whole["choices"][0]["skip"] == expected
+    for send in (server.chat, server.complete):
+        chunks = events((await send(**options, stream=True)).text)
+        traces = [chunk["skip"] for chunk in chunks if "skip" in chunk]
+        for name, of_tokens in expected.items():
+            assert [of_token for trace in traces for of_token in trace[name]] == of_tokens
+
+
+async def test_the_trace_of_an_answer_that_a_stop_string_ends_goes_as_far_as_it(
+    server: Server,
+) -> None:
+    skip = {"policy": "neurons", "ratio": 0.2, "trace": True}
+    whole = (await server.complete("a", max_tokens=9, stop=["de"], skip=skip)).json()
+    trace = whole["choices"][0]["skip"]
+    assert whole["usage"]["completion_tokens"] == 4
+    assert len(trace["skipped_layers"]) == len(trace["skipped_neurons"]) == 4
 
 
 async def test_usage_can_be_told_in_every_chunk(server: Server) -> None:

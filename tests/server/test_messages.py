@@ -139,6 +139,14 @@ async def test_a_trace_tells_the_layers_skipped(server: Server) -> None:
     assert (await stream(server, max_tokens=4, skip=wish))[-2]["skip"] == skip
 
 
+async def test_a_trace_tells_the_neurons_left_out(server: Server) -> None:
+    wish = {"policy": "neurons", "ratio": 0.25, "trace": True}
+    message = await send(server, max_tokens=4, skip=wish)
+    assert [len(layers) for layers in message["skip"]["skipped_neurons"]] == [0, 0, 4, 4]
+    assert message["usage"]["skip"]["skipped_ffn_share"] > 0
+    assert (await stream(server, max_tokens=4, skip=wish))[-2]["skip"] == message["skip"]
+
+
 # What is asked -----------------------------------------------------------------------------------
 
 

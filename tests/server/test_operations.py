@@ -131,7 +131,7 @@ async def test_the_metrics_tell_what_the_clients_counted() -> None:
         assert value("time_to_first_token_seconds_count") == 5
         assert value("inter_token_latency_seconds_count") == total("completion_tokens") - 5
         assert value("request_latency_seconds_count") == 5
-        ratios = [usage["skip"]["token_skip_ratio"] for usage in usages]
+        ratios = [usage["skip"]["skipped_ffn_share"] for usage in usages]
         assert value("request_skip_ratio_count") == 5
         assert value("request_skip_ratio_sum") == pytest.approx(sum(ratios))
         outcomes = {"computed": 0.0, "skipped": 0.0}

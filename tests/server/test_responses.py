@@ -158,6 +158,16 @@ async def test_a_trace_tells_the_layers_skipped(server: Server) -> None:
     assert last["skip"] == response["skip"]
 
 
+async def test_a_trace_tells_the_neurons_left_out(server: Server) -> None:
+    wish = {"policy": "neurons", "ratio": 0.25, "trace": True}
+    response = await respond(server, max_output_tokens=4, skip=wish)
+    assert [len(layers) for layers in response["skip"]["skipped_neurons"]] == [0, 0, 4, 4]
+    assert response["usage"]["skip"]["skipped_ffn_share"] > 0
+    body = {"input": "hi", "max_output_tokens": 4, "skip": wish, "stream": True}
+    last = events((await server.post("/v1/responses", body)).text)[-1]["response"]
+    assert last["skip"] == response["skip"]
+
+
 async def test_log_probabilities_are_told_if_they_are_included() -> None:
     async with running(runner_type=Opinionated) as server:
         body = {"max_output_tokens": 3, "top_logprobs": 3}

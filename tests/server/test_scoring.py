@@ -273,6 +273,7 @@ async def test_skipping_reaches_the_prompt_where_the_request_wishes_it(server: S
     content = (await server.complete("abcdefgh", **options)).json()
     # Eight tokens behind the first and three decode steps; the first two fall into the warm-up.
     assert content["usage"]["skip"] == {
+        "skipped_ffn_share": 9 / 44,
         "token_skip_ratio": 9 / 44,
         "skipped_ffn_blocks": 9,
         "total_ffn_blocks": 44,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from skipllm_core.skip.profile import FfnSkipPoint, LayerSimilarity, SkipProfile
+from skipllm_core.skip.profile import (
+    FfnSkipPoint,
+    LayerSimilarity,
+    NeuronPoint,
+    SkipPoint,
+    SkipProfile,
+)
 
 
 def layer(mean: float = 0.9, block_influence: float = 0.2) -> LayerSimilarity:
@@ -16,20 +22,36 @@ def layer(mean: float = 0.9, block_influence: float = 0.2) -> LayerSimilarity:
 def point(
     ratio: float, threshold: float, measured: float | None = None, **more: Any
 ) -> FfnSkipPoint:
-    measured = ratio if measured is None else measured
     settings: dict[str, Any] = {
-        "target_ratio": ratio,
         "region": (1, 5),
         "threshold": threshold,
+        "trigger_layers": (0, 3, 2, 0, 0, 0),
+    }
+    return FfnSkipPoint(**_measured(ratio, measured) | settings | more)
+
+
+def neuron_point(
+    ratio: float, *, up: float = 0.1, down: float = 0.2, num_layers: int = 6, **more: Any
+) -> NeuronPoint:
+    thresholds = {"up_thresholds": (up,) * num_layers, "down_thresholds": (down,) * num_layers}
+    return NeuronPoint(**_measured(ratio) | thresholds | more)
+
+
+def baseline_point(ratio: float, **more: Any) -> SkipPoint:
+    return SkipPoint(**_measured(ratio) | more)
+
+
+def _measured(ratio: float, measured: float | None = None) -> dict[str, Any]:
+    measured = ratio if measured is None else measured
+    return {
+        "target_ratio": ratio,
         "skipped_ffn_share": measured,
         "weight_skip_ratio": {1: measured, 4: measured / 2},
         "top1_agreement": 0.98,
         "kl": 0.01,
         "perplexity_change": 0.02,
-        "trigger_layers": (0, 3, 2, 0, 0, 0),
         "num_tokens": 7,
     }
-    return FfnSkipPoint(**settings | more)
 
 
 def profile(*points: FfnSkipPoint, num_layers: int = 6, **more: Any) -> SkipProfile:
