@@ -5,7 +5,8 @@ Twice: with torch's operators on any device, and with the CPU's own kernels. Bot
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from skipllm_core.kernels.cpu import CpuDecoder
 from skipllm_core.model.attention import AttentionContext
 from skipllm_core.model.llama import Block, LlamaModel
-from skipllm_core.runner.neurons import feed_forward_neurons
+from skipllm_core.runner.neurons import SeeNeurons, feed_forward_neurons
 from skipllm_core.runner.whole_layers import without_attention
 from skipllm_core.skip.neurons import NeuronRows
 from skipllm_core.skip.policy import SkipGate, similarity
@@ -43,16 +44,24 @@ def head_of(model: LlamaModel, h: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def gated_forward(
-    model: LlamaModel, token_ids: Tensor, ctx: AttentionContext, gate: SkipGate
+    model: LlamaModel,
+    token_ids: Tensor,
+    ctx: AttentionContext,
+    gate: SkipGate,
+    see_neurons: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """token_ids [num_tokens] -> h [num_tokens, hidden]; a row of the gate is one token."""
+    """token_ids [num_tokens] -> h [num_tokens, hidden]; a row of the gate is one token.
+
+    `see_neurons` is told of each layer what `SeeNeurons` says, of the rows that run it.
+    """
     h = model.embed(token_ids)
     for layer, block in enumerate(model.blocks):
         rows = gate.rows_to_run(layer)
         attended = block.attend(h, ctx)  # of all rows: the KV cache must stay whole
         h = without_attention(attended, h, gate, rows) if gate.whole_layer_rows else attended
         if rows:
-            after = _feed_forward(block, h, rows, layer, gate.neurons)
+            see = None if see_neurons is None else partial(see_neurons, layer)
+            after = _feed_forward(block, h, rows, layer, gate.neurons, see)
             if gate.watches(layer):
                 gate.observe(layer, similarity(h, after).tolist())  # the layer's one transfer
             h = after
@@ -60,22 +69,34 @@ def gated_forward(
 
 
 def _feed_forward(
-    block: Block, h: Tensor, rows: Collection[int], layer: int, neurons: NeuronRows
+    block: Block,
+    h: Tensor,
+    rows: Collection[int],
+    layer: int,
+    neurons: NeuronRows,
+    see: SeeNeurons | None,
 ) -> Tensor:
     """h with the FFN block applied to `rows`; the others keep their residual, bit for bit."""
     if len(rows) == h.shape[0]:
-        return _run(block, h, range(len(h)), layer, neurons)
+        return _run(block, h, range(len(h)), layer, neurons, see)
     index = torch.tensor(list(rows), device=h.device)
-    return h.index_copy(0, index, _run(block, h.index_select(0, index), rows, layer, neurons))
+    return h.index_copy(0, index, _run(block, h.index_select(0, index), rows, layer, neurons, see))
 
 
-def _run(block: Block, h: Tensor, rows: Collection[int], layer: int, neurons: NeuronRows) -> Tensor:
+def _run(
+    block: Block,
+    h: Tensor,
+    rows: Collection[int],
+    layer: int,
+    neurons: NeuronRows,
+    see: SeeNeurons | None,
+) -> Tensor:
     """The FFN block of h [len(rows), hidden], which are `rows` of the step."""
     if not neurons.has_rules:
         return block.feed_forward(h)
     thresholds = neurons.thresholds(layer)
     after, counts = feed_forward_neurons(
-        block, h, [thresholds[row] for row in rows], is_joint=neurons.is_joint
+        block, h, [thresholds[row] for row in rows], is_joint=neurons.is_joint, see=see
     )
     neurons.count(layer, counts.of_rows(rows, len(thresholds)))
     return after

@@ -5,7 +5,7 @@ Dense, with masks: it spares nothing. The rule is that of `skip.neurons`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,6 +14,10 @@ from torch import Tensor
 from skipllm_core.model.llama import Block
 from skipllm_core.skip.neurons import NeuronCounts
 
+# Told which neurons each row is without, before up, and before down at the latest: [num_rows,
+# inner] each. Calibration counts them.
+SeeNeurons = Callable[[Tensor, Tensor], None]
+
 
 def feed_forward_neurons(
     block: Block,
@@ -21,29 +25,37 @@ def feed_forward_neurons(
     thresholds: Sequence[tuple[float, float]],
     *,
     is_joint: bool = False,
+    see: SeeNeurons | None = None,
 ) -> tuple[Tensor, NeuronCounts]:
     """h + FFN(norm2(h)) for h [num_rows, hidden], each row without the neurons below its thresholds
     (before up, before down); and what was left out. A row whose thresholds are 0 runs them all."""
-    ffn = block.ffn
-    gate, up = ffn.gate_up(block.norm2(h)).chunk(2, dim=-1)
-    activation = F.silu(gate)
-    norms = ffn.down_norms.to(h.device)
+    product, first_score, second_score = neuron_scores(block, h)
     before_up, before_down = torch.tensor(thresholds, device=h.device).unbind(dim=1)
     has_rule = (before_up > 0) | (before_down > 0)
-    nothing = torch.zeros(activation.shape, dtype=torch.bool, device=h.device)
+    nothing = torch.zeros(product.shape, dtype=torch.bool, device=h.device)
 
-    score = activation.float().abs() * norms
-    no_up = _left_out(score, before_up, has_rule, nothing, is_joint=is_joint)
-    product = activation * up
-    score = product.float().abs() * norms
-    no_down = no_up | _left_out(score, before_down, has_rule, no_up, is_joint=is_joint)
-    after = h + ffn.down(torch.where(no_down, torch.zeros_like(product), product))
+    no_up = _left_out(first_score, before_up, has_rule, nothing, is_joint=is_joint)
+    no_down = no_up | _left_out(second_score, before_down, has_rule, no_up, is_joint=is_joint)
+    if see is not None:
+        see(no_up, no_down)
+    after = h + block.ffn.down(torch.where(no_down, torch.zeros_like(product), product))
     return after, NeuronCounts(
         before_up=no_up.sum(dim=1).tolist(),
         before_down=(no_down & ~no_up).sum(dim=1).tolist(),
         unread_up=int(no_up.all(dim=0).sum()),
         unread_down=int(no_down.all(dim=0).sum()),
     )
+
+
+def neuron_scores(block: Block, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of h [num_rows, hidden] before the block's feed-forward: what down multiplies, and the
+    neurons' scores before up and before down, in float32. [num_rows, inner] each."""
+    ffn = block.ffn
+    gate, up = ffn.gate_up(block.norm2(h)).chunk(2, dim=-1)
+    activation = F.silu(gate)
+    norms = ffn.down_norms.to(h.device)
+    product = activation * up
+    return product, activation.float().abs() * norms, product.float().abs() * norms
 
 
 def _left_out(
