@@ -94,7 +94,7 @@ def test_a_profile_can_be_saved_loaded_and_served(
 def test_never_skipping_agrees_with_itself(runner: TorchModelRunner) -> None:
     skip = SkipParams(policy="ffn_skip", threshold=2.0, cold_end=NUM_LAYERS, warmup_tokens=0)
     result = measure(Probe(runner, max_tokens=8, max_num_seqs=9), prompts(4, seed=3), skip, Work())
-    assert result.skipped_ffn_share == 0
+    assert result.token_skip_ratio == 0
     assert result.top1_agreement == 1
     assert result.kl == pytest.approx(0, abs=1e-5)
     assert result.perplexity_change == pytest.approx(0, abs=1e-5)
@@ -126,7 +126,7 @@ def test_groups_do_not_change_what_is_measured(
 def test_weight_reads_are_avoided_where_all_rows_of_a_batch_skip() -> None:
     # Of 10 tokens, 4 skip layer 2, 8 layer 3 and 10 layer 4.
     found = Measurement([0, 4, 4, 2, 0], [0, 0, 4, 8, 10], num_free_tokens=10)
-    assert found.skipped_ffn_share == pytest.approx((0.4 + 0.8 + 1) / 5)
+    assert found.token_skip_ratio == pytest.approx((0.4 + 0.8 + 1) / 5)
     assert found.weight_skip_ratio(1) == found.skipped_ffn_share
     assert found.weight_skip_ratio(4) == pytest.approx((0.4**4 + 0.8**4 + 1) / 5)
 
