@@ -127,7 +127,7 @@ def test_weight_reads_are_avoided_where_all_rows_of_a_batch_skip() -> None:
     # Of 10 tokens, 4 skip layer 2, 8 layer 3 and 10 layer 4.
     found = Measurement([0, 4, 4, 2, 0], [0, 0, 4, 8, 10], num_free_tokens=10)
     assert found.token_skip_ratio == pytest.approx((0.4 + 0.8 + 1) / 5)
-    assert found.weight_skip_ratio(1) == found.skipped_ffn_share
+    assert found.weight_skip_ratio(1) == found.token_skip_ratio
     assert found.weight_skip_ratio(4) == pytest.approx((0.4**4 + 0.8**4 + 1) / 5)
 
 
