@@ -39,16 +39,23 @@ def weight(*shape: int, place: Place) -> nn.Parameter:
 class Linear(nn.Module):
     """x [..., in] -> x W^T + b [..., out].
 
+    `by_inputs`: W [out, in] lies in memory input by input, as the transpose of [in, out]. For a
+    linear of which some inputs are left out: what an input needs is one run of memory.
+
     With quantized weights W = scale * weight, one scale per output. With int8 on the CPU every row
     of x is rounded to 12 bits: x = max |x| / INPUT_MAX * integer. So kernels may multiply in
     integers, exactly. Elsewhere x stays as it is.
     """
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, place: Place) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, *, bias: bool, place: Place, by_inputs: bool = False
+    ) -> None:
         super().__init__()
         is_quantized = place.quantization in QUANTIZED
         dtype = QUANTIZED.get(place.quantization, place.dtype)
-        self.weight = weight(out_size, in_size, place=place._replace(dtype=dtype))
+        shape = (in_size, out_size) if by_inputs else (out_size, in_size)
+        stored = weight(*shape, place=place._replace(dtype=dtype))
+        self.weight = nn.Parameter(stored.t(), requires_grad=False) if by_inputs else stored
         scale_place = place._replace(dtype=torch.float32)
         self.scale = weight(out_size, place=scale_place) if is_quantized else None
         self.bias = weight(out_size, place=place) if bias else None
@@ -96,17 +103,19 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: x [num_rows, hidden] -> W_down(silu(W_gate x) * W_up x). Gate and up are one.
+    """SwiGLU: x [num_rows, hidden] -> W_down(silu(W_gate x) * W_up x).
 
-    `down_norms` [inner] float32: the length of each column of W_down, which is what a neuron can
-    add to the residual. Whoever fills the weights fills it (`measure_down`).
+    Gate and up are one linear. What a neuron has of the three matrices are three runs of memory:
+    its rows of gate and up, and its column of down. `down_norms` [inner] float32: the length of
+    that column, which is what a neuron can add to the residual. Whoever fills the weights fills it
+    (`measure_down`).
     """
 
     def __init__(self, config: ModelConfig, *, place: Place) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(hidden, 2 * inner, bias=bias, place=place)
-        self.down = Linear(inner, hidden, bias=bias, place=place)
+        self.down = Linear(inner, hidden, bias=bias, place=place, by_inputs=True)
         self.down_norms = torch.empty(inner, dtype=torch.float32, device=place.device)
 
     def measure_down(self) -> None:

@@ -274,7 +274,11 @@ def _fill_at_random(model: LlamaModel, seed: int) -> None:
                 else None
             )
             target = _target(parameter, scale)
-            like = torch.empty_like(parameter, dtype=torch.float32 if scale is not None else None)
+            like = torch.empty(  # contiguous: the numbers do not depend on the layout
+                parameter.shape,
+                dtype=parameter.dtype if scale is None else torch.float32,
+                device=parameter.device,
+            )
             target.fill(like.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator))
 
 

@@ -94,7 +94,7 @@ class CpuDecoder:
                 qkv=_linear(attention.qkv),
                 o=_linear(attention.o),
                 gate_up=_linear(block.ffn.gate_up),
-                down=_linear(block.ffn.down),
+                down=_linear(block.ffn.down, by_inputs=True),
                 keys=_address(kv_cache.keys[layer]),
                 values=_address(kv_cache.values[layer]),
                 window=attention.window or 0,
@@ -142,9 +142,9 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _linear(linear: Linear) -> tuple[int, int, int, int, int]:
+def _linear(linear: Linear, *, by_inputs: bool = False) -> tuple[int, int, int, int, int]:
     weight, scale, bias = linear.weight, linear.scale, linear.bias
-    assert weight.is_contiguous()
+    assert (weight.t() if by_inputs else weight).is_contiguous()
     assert weight.dtype == (torch.float32 if scale is None else torch.int8)
     num_outputs, num_inputs = weight.shape
     return (

@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
     const float *norm1, *norm2; /* [hidden] */
     const float *qk_norm;       /* NULL, or [num_heads + num_kv_heads, head_dim] */
-    Linear qkv, o, gate_up, down;
+    Linear qkv, o, gate_up, down; /* down lies input by input */
     float *keys, *values; /* [num_blocks, block_size, num_kv_heads, head_dim] */
     int64_t window;       /* 0: none */
 } Layer;

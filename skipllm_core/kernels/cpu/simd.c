@@ -6,6 +6,8 @@
 
 #define MAX_TILE_ROWS 8
 #define MAX_TILE_OUTPUTS 3
+#define PART_INPUTS 8  /* of which the sums are loaded and stored once */
+#define PART_OUTPUTS 640 /* whose weights and sums of some rows stay in the first cache */
 #define CACHED_INPUT_BYTES 20000 /* of a tile's rows, which leave room in the first cache */
 #define FETCH_AHEAD 16384        /* bytes of the stream of weights */
 #define KEYS_AHEAD 16            /* positions */

@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-/* Row-major weights [num_outputs, num_inputs] and what follows the product. */
+/* Weights [num_outputs, num_inputs], or where they lie input by input [num_inputs, num_outputs], and
+ * what follows the product. */
 typedef struct {
     const void *weight;  /* float, or int8_t where there is a scale */
     const float *scale;  /* NULL, or [num_outputs]: weight = scale * int8 */
@@ -46,6 +47,12 @@ typedef struct {
      * depend on its batch mates, bit for bit. */
     void (*linear)(const Linear *linear, const Input *input, int64_t first, int64_t end, float *out,
                    int64_t out_stride);
+    /* Of a linear that lies input by input: out [num_rows, num_outputs] = the sums, in the order of
+     * the inputs, over inputs in [first, end), without scales and bias. They are floats or, for int8
+     * weights and at most INT8_SUM_MAX inputs, int32_t. A weight is read only where its input is not
+     * 0 in some row. Bits as above. */
+    void (*linear_part)(const Linear *linear, const Input *input, int64_t first, int64_t end,
+                        void *out);
     void (*attend)(const AttentionPart *part);
     /* gate[i] = silu(gate[i]) * up[i] */
     void (*silu_mul)(float *gate, const float *up, int64_t n);

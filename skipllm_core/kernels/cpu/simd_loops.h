@@ -66,6 +66,8 @@ typedef __m512i NAMED(sums8);
 #define LOAD8(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
 #define LOAD16(p) _mm512_loadu_si512(p)
 #define ADD8(sums, w, x) _mm512_dpwssd_epi32(sums, w, x)
+#define SPREAD16(x) _mm512_set1_epi32(x)
+#define STORE16(p, sums) _mm512_storeu_si512(p, sums)
 #define HALF8(sums) _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1))
 #elif INT8_SUM == 256
 typedef __m256i NAMED(sums8);
@@ -73,6 +75,8 @@ typedef __m256i NAMED(sums8);
 #define LOAD8(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
 #define LOAD16(p) _mm256_loadu_si256((const __m256i *)(p))
 #define ADD8(sums, w, x) _mm256_add_epi32(sums, _mm256_madd_epi16(w, x))
+#define SPREAD16(x) _mm256_set1_epi32(x)
+#define STORE16(p, sums) _mm256_storeu_si256((__m256i *)(p), sums)
 #define HALF8(sums) (sums)
 #endif
 
@@ -193,6 +197,179 @@ static void NAMED(linear)(const Linear *linear, const Input *input, int64_t firs
         for (; output < end; output++)
             NAMED(one_output)(linear, input, row, num_rows, output, ahead, out + (output - first),
                               out_stride);
+    }
+}
+
+/* sums[n] += x[0] * w[0] + .. + x[K - 1] * w[K - 1], one after the other. Fetches `next`, which are
+ * rows of weights too, where it is not NULL. */
+INLINE void NAMED(add_inputs)(float *sums, const float *x, const float *const *w, int K, int64_t n,
+                              const float *const *next) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        if (next != NULL)
+            for (int k = 0; k < PART_INPUTS; k++) FETCH(next[k] + i);
+        for (int64_t t = i; t < i + 16; t += LANES) {
+            VEC sum = LOAD(sums + t);
+            for (int k = 0; k < K; k++) sum += x[k] * LOAD(w[k] + t);
+            STORE(sums + t, sum);
+        }
+    }
+    for (; i < n; i++)
+        for (int k = 0; k < K; k++) sums[i] += x[k] * w[k][i];
+}
+
+/* The inputs of one row that are not 0, up to PART_INPUTS. */
+INLINE void NAMED(add_block)(float *sums, const float *x, const float *const *w, int num_inputs,
+                             int64_t n, const float *const *next) {
+    float used_x[PART_INPUTS];
+    const float *used[PART_INPUTS];
+    int num_used = 0;
+    for (int k = 0; k < num_inputs; k++) {
+        used_x[num_used] = x[k];
+        used[num_used] = w[k];
+        num_used += x[k] != 0;
+    }
+    switch (num_used) {
+    case 8: NAMED(add_inputs)(sums, used_x, used, 8, n, next); break;
+    case 7: NAMED(add_inputs)(sums, used_x, used, 7, n, next); break;
+    case 6: NAMED(add_inputs)(sums, used_x, used, 6, n, next); break;
+    case 5: NAMED(add_inputs)(sums, used_x, used, 5, n, next); break;
+    case 4: NAMED(add_inputs)(sums, used_x, used, 4, n, next); break;
+    case 3: NAMED(add_inputs)(sums, used_x, used, 3, n, next); break;
+    case 2: NAMED(add_inputs)(sums, used_x, used, 2, n, next); break;
+    case 1: NAMED(add_inputs)(sums, used_x, used, 1, n, next); break;
+    }
+}
+
+static void NAMED(part_float)(const Linear *linear, const Input *input, int row, int num_rows,
+                              int64_t first, int64_t end, int64_t output, int64_t num_outputs,
+                              float *out) {
+    int64_t n = linear->num_outputs;
+    const float *weight = linear->weight;
+    for (int64_t i = first; i < end; i += PART_INPUTS) {
+        int num_inputs = end - i < PART_INPUTS ? (int)(end - i) : PART_INPUTS;
+        const float *w[PART_INPUTS], *next[PART_INPUTS];
+        for (int k = 0; k < PART_INPUTS; k++) {
+            int64_t later = i + PART_INPUTS + k;
+            w[k] = weight + (i + k) * n + output;
+            next[k] = weight + (later < linear->num_inputs ? later : linear->num_inputs - 1) * n + output;
+        }
+        for (int r = row; r < row + num_rows; r++) {
+            const float *x = input->values + r * input->row_stride + i;
+            if (r == 0) NAMED(add_block)(out + r * n + output, x, w, num_inputs, num_outputs, next);
+            else NAMED(add_block)(out + r * n + output, x, w, num_inputs, num_outputs, NULL);
+        }
+    }
+}
+
+/* Rows a and b of weights, value by value beside each other. */
+INLINE void NAMED(pair_up)(const int8_t *a, const int8_t *b, int64_t n, int64_t ahead,
+                           int16_t *pairs) {
+    int64_t i = 0;
+#if INT8_SUM
+    for (; i + 16 <= n; i += 16) {
+        if (i % 64 == 0) {
+            FETCH(a + i + ahead);
+            FETCH(b + i + ahead);
+        }
+#if INT8_SUM == 512
+        __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(a + i)));
+        __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(b + i)));
+        _mm512_storeu_si512(pairs + 2 * i, _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)));
+#else
+        for (int64_t t = i; t < i + 16; t += 8) {
+            __m256i low = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(a + t)));
+            __m256i high = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(b + t)));
+            _mm256_storeu_si256((__m256i *)(pairs + 2 * t),
+                                _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa));
+        }
+#endif
+    }
+#else
+    (void)ahead;
+#endif
+    for (; i < n; i++) {
+        pairs[2 * i] = a[i];
+        pairs[2 * i + 1] = b[i];
+    }
+}
+
+/* sums[n] += the products of K pairs of inputs with their pairs of weights. */
+INLINE void NAMED(add_pairs)(int32_t *sums, const int16_t *const *x, const int16_t *const *pairs,
+                             int K, int64_t n) {
+    int64_t i = 0;
+#if INT8_SUM
+    enum { STEP = INT8_SUM / 32 };
+    NAMED(sums8) inputs[PART_INPUTS / 2];
+    for (int k = 0; k < K; k++) {
+        int32_t both;
+        memcpy(&both, x[k], sizeof(both));
+        inputs[k] = SPREAD16(both);
+    }
+    for (; i + STEP <= n; i += STEP) {
+        NAMED(sums8) sum = LOAD16(sums + i);
+        for (int k = 0; k < K; k++) sum = ADD8(sum, LOAD16(pairs[k] + 2 * i), inputs[k]);
+        STORE16(sums + i, sum);
+    }
+#endif
+    for (; i < n; i++)
+        for (int k = 0; k < K; k++)
+            sums[i] += pairs[k][2 * i] * x[k][0] + pairs[k][2 * i + 1] * x[k][1];
+}
+
+static void NAMED(part_int8)(const Linear *linear, const Input *input, int row, int num_rows,
+                             int64_t first, int64_t end, int64_t output, int64_t num_outputs,
+                             int32_t *out) {
+    enum { PAIRS = PART_INPUTS / 2 };
+    int64_t n = linear->num_outputs;
+    int16_t paired[PAIRS][2 * PART_OUTPUTS] __attribute__((aligned(64)));
+    for (int64_t i = first; i < end; i += PART_INPUTS) {
+        int16_t x[MAX_TILE_ROWS][PART_INPUTS] = {0};
+        int is_used[PAIRS] = {0};
+        int64_t num_inputs = end - i < PART_INPUTS ? end - i : PART_INPUTS;
+        for (int r = 0; r < num_rows; r++) {
+            memcpy(x[r], input->quantized + (row + r) * input->row_stride + i,
+                   (size_t)num_inputs * sizeof(int16_t));
+            for (int p = 0; p < PAIRS; p++) is_used[p] |= x[r][2 * p] | x[r][2 * p + 1];
+        }
+        for (int p = 0; p < PAIRS; p++) {
+            if (!is_used[p]) continue;
+            const int8_t *a = (const int8_t *)linear->weight + (i + 2 * p) * n + output;
+            NAMED(pair_up)(a, i + 2 * p + 1 < end ? a + n : a, num_outputs, PART_INPUTS * n, paired[p]);
+        }
+        for (int r = 0; r < num_rows; r++) {
+            int32_t *sums = out + (row + r) * n + output;
+            const int16_t *inputs[PAIRS], *pairs[PAIRS];
+            int num_used = 0;
+            for (int p = 0; p < PAIRS; p++) {
+                inputs[num_used] = x[r] + 2 * p;
+                pairs[num_used] = paired[p];
+                num_used += (x[r][2 * p] | x[r][2 * p + 1]) != 0;
+            }
+            switch (num_used) {
+            case 4: NAMED(add_pairs)(sums, inputs, pairs, 4, num_outputs); break;
+            case 3: NAMED(add_pairs)(sums, inputs, pairs, 3, num_outputs); break;
+            case 2: NAMED(add_pairs)(sums, inputs, pairs, 2, num_outputs); break;
+            case 1: NAMED(add_pairs)(sums, inputs, pairs, 1, num_outputs); break;
+            }
+        }
+    }
+}
+
+/* Rows in groups and outputs in blocks, whose sums stay in the first cache. */
+static void NAMED(linear_part)(const Linear *linear, const Input *input, int64_t first, int64_t end,
+                               void *out) {
+    int64_t n = linear->num_outputs, num_blocks = (n + PART_OUTPUTS - 1) / PART_OUTPUTS;
+    int64_t block = ((n + num_blocks - 1) / num_blocks + 15) / 16 * 16;
+    memset(out, 0, (size_t)(input->num_rows * n) * sizeof(int32_t));
+    for (int row = 0; row < input->num_rows; row += MAX_TILE_ROWS) {
+        int num_rows = smaller_of(input->num_rows - row, MAX_TILE_ROWS);
+        for (int64_t output = 0; output < n; output += block) {
+            int64_t size = n - output < block ? n - output : block;
+            if (linear->scale == NULL)
+                NAMED(part_float)(linear, input, row, num_rows, first, end, output, size, out);
+            else NAMED(part_int8)(linear, input, row, num_rows, first, end, output, size, out);
+        }
     }
 }
 
@@ -384,6 +561,7 @@ static float NAMED(quantize)(const float *x, int64_t n, int16_t *quantized) {
 static const Simd NAMED(simd) = {
     .name = SIMD_NAME,
     .linear = NAMED(linear),
+    .linear_part = NAMED(linear_part),
     .attend = NAMED(attend),
     .silu_mul = NAMED(silu_mul),
     .dot = NAMED(dot),
@@ -398,4 +576,6 @@ static const Simd NAMED(simd) = {
 #undef LOAD8
 #undef LOAD16
 #undef ADD8
+#undef SPREAD16
+#undef STORE16
 #undef HALF8

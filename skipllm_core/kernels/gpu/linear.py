@@ -82,7 +82,8 @@ def linear(
 ) -> None:
     """out[:num_rows] = x W^T, or += with `is_residual`; see the module.
 
-    x [max_num_rows, num_inputs] and out [max_num_rows, num_outputs] are contiguous. `norm`: of x.
+    x [max_num_rows, num_inputs] and out [max_num_rows, num_outputs] are contiguous; W lies output
+    by output or input by input. `norm`: of x.
     `before` gets what `out` got. `run` [max_num_rows] int32: rows that are 0 keep their `out`, and
     where all are, no weight is read. `parts`: float32 scratch for the splits; None: no splits.
     `decides` (rows, state, layer): the gate's part for this layer is done along the way.
@@ -134,6 +135,7 @@ def linear(
         num_rows,
         num_outputs,
         num_inputs,
+        *weights.weight.stride(),
         0.0 if norm is None else norm.eps,
         *gate,
         HAS_NORM=norm is not None,

@@ -16,7 +16,7 @@ from skipllm_core.kernels.gpu.gate import decide_row
 
 @triton.jit
 def gemv_tile(
-    x_ptr, norm_ptr, w_ptr, n, is_output, first, end, K,
+    x_ptr, norm_ptr, w_ptr, stride_n, stride_k, n, is_output, first, end, K,
     HAS_NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums [BLOCK_N] of one row over inputs first .. end - 1, and the sum of the row's squares."""
@@ -30,7 +30,7 @@ def gemv_tile(
             squares += x * x
             x *= tl.load(norm_ptr + k, mask=is_input, other=0.0).to(tl.float32)
         w = tl.load(
-            w_ptr + n[:, None] * K + k[None, :],
+            w_ptr + n[:, None] * stride_n + k[None, :] * stride_k,
             mask=is_output[:, None] & is_input[None, :],
             other=0.0,
             eviction_policy="evict_first",  # every weight is read once a step
@@ -53,7 +53,7 @@ def inverse_rms(x_ptr, m, is_row, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def dot_tile(
-    x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, first, end, K, eps,
+    x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, is_row, n, is_output, first, end, K, eps,
     HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums [BLOCK_M, BLOCK_N] of rows m over inputs first .. end - 1, of the normed rows."""
@@ -70,7 +70,7 @@ def dot_tile(
             weight = tl.load(norm_ptr + k, mask=is_input, other=0.0).to(tl.float32)
             x = (normed * weight[None, :]).to(x.dtype)
         w = tl.load(
-            w_ptr + n[None, :] * K + k[:, None],
+            w_ptr + n[None, :] * stride_n + k[:, None] * stride_k,
             mask=is_output[None, :] & is_input[:, None],
             other=0.0,
             eviction_policy="evict_first",
@@ -81,20 +81,21 @@ def dot_tile(
 
 @triton.jit
 def tile_sums(
-    x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, first, end, K, eps,
+    x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, is_row, n, is_output, first, end, K, eps,
     HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums [BLOCK_M, BLOCK_N]; with a norm, of all inputs at once (no splits)."""
     if BLOCK_M == 1:
         sums, squares = gemv_tile(
-            x_ptr, norm_ptr, w_ptr, n, is_output, first, end, K, HAS_NORM, BLOCK_N, BLOCK_K
-        )
+            x_ptr, norm_ptr, w_ptr, stride_n, stride_k, n, is_output, first, end, K,
+            HAS_NORM, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         if HAS_NORM:
             sums *= 1.0 / tl.sqrt(squares / K + eps)
         return sums[None, :]
     else:
         return dot_tile(
-            x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, first, end, K, eps,
+            x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, is_row, n, is_output, first, end, K, eps,
             HAS_NORM, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -124,7 +125,7 @@ def _finish(
 @triton.jit(do_not_specialize=["layer"])  # or layer 1, and every 16th, is compiled again
 def linear_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, before_ptr, parts_ptr, run_ptr,
-    num_rows, N, K, eps,
+    num_rows, N, K, stride_n, stride_k, eps,
     layer, positions_ptr, policies_ptr, thresholds_ptr, skip_from_ptr, cold_starts_ptr,
     cold_ends_ptr, max_skips_ptr, mask_ptr, runs_ptr, triggered_ptr, num_skips_ptr,
     similarities_ptr, skipped_ptr, num_layers, max_num_rows,
@@ -155,8 +156,8 @@ def linear_kernel(
     first = tl.program_id(1) * steps * BLOCK_K
     end = tl.minimum(first + steps * BLOCK_K, K)
     sums = tile_sums(
-        x_ptr, norm_ptr, w_ptr, m, m < num_rows, n, is_output, first, end, K, eps,
-        HAS_NORM, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, m < num_rows, n, is_output, first, end, K,
+        eps, HAS_NORM, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if SPLITS == 1:
         _finish(
@@ -208,11 +209,11 @@ def gate_up_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = n < inner
     gate = tile_sums(
-        x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, 0, K, K, eps,
+        x_ptr, norm_ptr, w_ptr, K, 1, m, is_row, n, is_output, 0, K, K, eps,
         True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up = tile_sums(
-        x_ptr, norm_ptr, w_ptr, m, is_row, n + inner, is_output, 0, K, K, eps,
+        x_ptr, norm_ptr, w_ptr, K, 1, m, is_row, n + inner, is_output, 0, K, K, eps,
         True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_SCALE:
