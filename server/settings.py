@@ -22,13 +22,12 @@ from pydantic import (
 from skipllm_core.config import Consensus, Device, DType, EngineConfig, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.skip.profile import SkipProfile
-from skipllm_core.skip.resolve import SkipDefaults, resolve_skip
+from skipllm_core.skip.resolve import DEFAULT_SKIP_RATIO, OF_POLICIES, SkipDefaults, choose_skip
 from skipllm_core.types import SkipPolicyName
 
 ENV_PREFIX = "SKIPLLM_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"  # the file itself; not a setting
 EMBEDDED_MODEL_NAME = "skipllm-demo"
-DEFAULT_SKIP_RATIO = 0.25
 
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
 ReasoningParser = Literal["auto", "think", "none"]
@@ -75,6 +74,7 @@ def _setting(panel: str, default: object, help_text: str, **constraints: Any) ->
     return Field(default, description=help_text, json_schema_extra={"panel": panel}, **constraints)
 
 
+_SkipPolicy = Annotated[Literal["auto", SkipPolicyName], BeforeValidator(_off_is_never)]
 _Names = Annotated[tuple[str, ...], BeforeValidator(_as_vllm_writes_lists)]
 
 
@@ -172,22 +172,24 @@ class Settings(BaseModel):
         le=1024,
     )
 
-    skip_policy: Annotated[SkipPolicyName | None, BeforeValidator(_off_is_never)] = _setting(
+    skip_policy: _SkipPolicy = _setting(
         "Skipping",
-        None,
-        "never, ffn_skip, or for comparison static, random, layer_drop, early_exit; by default, "
-        "ffn_skip if the model has a skip profile.",
+        "auto",
+        "What is skipped. auto: as the policy does that the model's skip profile shows best; "
+        "without a profile, nothing. neurons: single neurons of the FFN; ffn_skip: whole blocks; "
+        "static, random, layer_drop, early_exit: for comparison; never: nothing.",
     )
     skip_ratio: float | None = _setting(
         "Skipping",
         None,
-        "Share of FFN blocks to skip; the profile turns it into a threshold. "
-        "Default: 0.25, or as much as the profile reaches.",
+        "Share of the FFN weights to leave out; the profile turns it into thresholds. "
+        f"Default: {DEFAULT_SKIP_RATIO}, or as much as the profile reaches.",
         ge=0,
         le=1,
     )
     skip_threshold: float | None = _setting(
-        "Skipping", None, "Cosine similarity from which a token skips; instead of a ratio.",
+        "Skipping", None, "ffn_skip: cosine similarity from which a token skips; instead of a "
+        "ratio.",
         ge=-1, le=1,
     )  # fmt: skip
     min_agreement: float | None = _setting(
@@ -199,7 +201,10 @@ class Settings(BaseModel):
         le=1,
     )
     skip_profile: Path | None = _setting(
-        "Skipping", None, "Skip profile to use; by default, skip.yaml in the model's directory."
+        "Skipping",
+        None,
+        "Skip profile to use; by default, skip.yaml in the model's directory, or what SkipLLM has "
+        "measured of the same weights.",
     )
     warmup_tokens: int | None = _setting(
         "Skipping",
@@ -208,7 +213,8 @@ class Settings(BaseModel):
         ge=0,
     )
     max_skips: int | None = _setting(
-        "Skipping", None, "FFN blocks that one token may skip at most; by default, any number.",
+        "Skipping", None, "ffn_skip: FFN blocks that one token may skip at most; by default, any "
+        "number.",
         ge=0,
     )  # fmt: skip
     skip_prompt: bool = _setting(
@@ -221,20 +227,21 @@ class Settings(BaseModel):
         "Skipping",
         "row_exact",
         "What rows of a batch that disagree do; row_exact: each skips by itself, so that no "
-        "answer depends on its batch mates; consensus: they skip together, which saves more weight "
-        "reads, and answers depend on their batch mates.",
+        "answer depends on its batch mates; consensus: they skip the same blocks, or leave out the "
+        "same neurons (those that matter least to all of them), which saves more weight reads, and "
+        "answers depend on their batch mates.",
     )
     consensus_share: float = _setting(
         "Skipping",
         0.5,
-        "consensus: share of the rows that have to reach their thresholds.",
+        "consensus under ffn_skip: share of the rows that have to reach their thresholds.",
         ge=0,
         le=1,
     )
     consensus_slack: float = _setting(
         "Skipping",
         0.01,
-        "consensus: how far below its threshold no row may be.",
+        "consensus under ffn_skip: how far below its threshold no row may be.",
         ge=0,
         le=2,
     )
@@ -342,45 +349,32 @@ class Settings(BaseModel):
 
     def skip_defaults(self, profile: SkipProfile | None) -> SkipDefaults:
         """What requests that say nothing get. Raises ConfigError where that cannot be done."""
-        wants_skipping = (
-            self.skip_policy != "never"
-            if self.skip_policy is not None
-            else bool(self.skip_ratio or self.min_agreement) or self.skip_threshold is not None
-        )
-        if profile is None and wants_skipping:
+        policy = self.skip_policy
+        is_amount = bool(self.skip_ratio or self.min_agreement) or self.skip_threshold is not None
+        if profile is None and policy != "never" and (is_amount or policy != "auto"):
             raise ConfigError(
                 "skipping needs a skip profile of the model: `skipllm calibrate` makes one, "
                 "--skip-profile names it"
             )
-        ratio = self.skip_ratio
-        if self.min_agreement is not None and profile is not None:
-            ratio = _ratio_at_agreement(profile, self.min_agreement)
-        if ratio is None and self.skip_threshold is None and profile is not None:
-            ratio = min(DEFAULT_SKIP_RATIO, profile.max_ratio("ffn_skip"))
+        for name, number in (("skip_threshold", "threshold"), ("max_skips", "max_skips")):
+            is_of_policy = policy in ("auto", "never", *OF_POLICIES[number])
+            if getattr(self, name) is not None and not is_of_policy:
+                raise ConfigError(f"{flag_of(name)} means nothing to the policy {policy}")
         defaults = SkipDefaults(
-            policy=self.skip_policy or ("never" if profile is None else "ffn_skip"),
-            ratio=ratio,
+            policy="never" if profile is None else policy,
+            ratio=self.skip_ratio,
             threshold=self.skip_threshold,
+            min_agreement=self.min_agreement,
             warmup_tokens=self.warmup_tokens,
             max_skips=self.max_skips,
             prompt=self.skip_prompt,
         )
         try:
-            resolve_skip(defaults, profile, None)
+            choose_skip(defaults, profile)
         except InvalidRequestError as error:
-            raise ConfigError(str(error)) from None
+            flag = "" if self.min_agreement is None else "--min-agreement: "
+            raise ConfigError(f"{flag}{error}") from None
         return defaults
-
-
-def _ratio_at_agreement(profile: SkipProfile, least: float) -> float:
-    ratio = profile.ratio_at_agreement("ffn_skip", least)
-    if ratio is None:
-        best = max((point.top1_agreement for point in profile.ffn_skip), default=1.0)
-        raise ConfigError(
-            f"--min-agreement {least:g}: the skip profile's best is {best:.3f}; ask for less, or "
-            "use --skip-policy never"
-        )
-    return ratio
 
 
 def flag_of(name: str) -> str:

@@ -61,6 +61,7 @@ class FakeRunner:
         block_size: int = 16,
         num_skipped: int = 1,
         neurons: tuple[int, int] = (3, 1),
+        skip_policies: tuple[SkipPolicyName, ...] = get_args(SkipPolicyName),
         step_s: float = 0.0,
         min_prefill_tokens: int = 8,
         fail: Callable[[Batch], None] = lambda batch: None,
@@ -74,7 +75,7 @@ class FakeRunner:
         self.dtype = "float32"
         self.num_parameters = 0
         self.min_prefill_tokens = min_prefill_tokens
-        self.skip_policies = get_args(SkipPolicyName)
+        self.skip_policies = skip_policies
         self.batches: list[Batch] = []
         self._cache = [[0] * block_size for _ in range(num_kv_blocks)]
         self._contents: WeakKeyDictionary[Sequence, list[int]] = WeakKeyDictionary()

@@ -6,8 +6,9 @@ import yaml
 from server.settings import Settings, SettingsError
 from server.settings_sources import load_settings
 from skipllm_core.errors import ConfigError
+from skipllm_core.skip.amounts import SkipChoice
 from skipllm_core.skip.profile import SkipProfile
-from skipllm_core.skip.resolve import SkipDefaults
+from skipllm_core.skip.resolve import choose_skip, resolve_skip
 from tests.skip.profiles import point, profile
 
 REPO = Path(__file__).parents[1]
@@ -78,33 +79,46 @@ def profile_to(max_ratio: float) -> SkipProfile:
 @pytest.mark.parametrize(
     ("settings", "max_ratio", "expected"),
     [
-        (Settings(), None, SkipDefaults(policy="never")),
-        (Settings(), 0.35, SkipDefaults(policy="ffn_skip", ratio=0.25)),
-        (Settings(), 0.2, SkipDefaults(policy="ffn_skip", ratio=0.2)),
-        (Settings(skip_ratio=0.1), 0.35, SkipDefaults(policy="ffn_skip", ratio=0.1)),
-        (Settings(skip_threshold=0.9), 0.35, SkipDefaults(policy="ffn_skip", threshold=0.9)),
-        (Settings(skip_threshold=-0.3), 0.35, SkipDefaults(policy="ffn_skip", threshold=-0.3)),
-        (Settings.model_validate({"skip_policy": "off"}), 0.35, SkipDefaults(ratio=0.25)),
-        (Settings(skip_policy="never"), 0.35, SkipDefaults(policy="never", ratio=0.25)),
-        (
-            Settings(warmup_tokens=3),
-            0.35,
-            SkipDefaults(policy="ffn_skip", ratio=0.25, warmup_tokens=3),
-        ),
-        (
-            Settings(skip_prompt=True),
-            0.35,
-            SkipDefaults(policy="ffn_skip", ratio=0.25, prompt=True),
-        ),
-        (Settings(min_agreement=0.96), 0.4, SkipDefaults(policy="ffn_skip", ratio=0.2)),
-        (Settings(min_agreement=0.95), 0.4, SkipDefaults(policy="ffn_skip", ratio=0.4)),
-        (Settings(skip_policy="static"), 0.4, SkipDefaults(policy="static", ratio=0.25)),
+        (Settings(), None, SkipChoice()),
+        (Settings(), 0.35, SkipChoice("ffn_skip", 0.25)),
+        (Settings(), 0.2, SkipChoice("ffn_skip", 0.2)),
+        (Settings(skip_ratio=0.1), 0.35, SkipChoice("ffn_skip", 0.1)),
+        (Settings(skip_ratio=0), 0.35, SkipChoice()),
+        (Settings(skip_threshold=0.9), 0.35, SkipChoice("ffn_skip", threshold=0.9)),
+        (Settings(skip_threshold=-0.3), 0.35, SkipChoice("ffn_skip", threshold=-0.3)),
+        (Settings.model_validate({"skip_policy": "off"}), 0.35, SkipChoice()),
+        (Settings(skip_policy="never", skip_ratio=0.3), 0.35, SkipChoice()),
+        (Settings(min_agreement=0.96), 0.4, SkipChoice("ffn_skip", 0.2)),
+        (Settings(min_agreement=0.95), 0.4, SkipChoice("ffn_skip", 0.4)),
+        (Settings(skip_policy="static"), 0.4, SkipChoice("static", 0.25)),
     ],
 )
 def test_a_model_with_a_profile_skips_a_quarter_unless_told_otherwise(
-    settings: Settings, max_ratio: float | None, expected: SkipDefaults
+    settings: Settings, max_ratio: float | None, expected: SkipChoice
 ) -> None:
-    assert settings.skip_defaults(None if max_ratio is None else profile_to(max_ratio)) == expected
+    found = None if max_ratio is None else profile_to(max_ratio)
+    assert choose_skip(settings.skip_defaults(found), found) == expected
+
+
+def test_what_else_is_set_of_skipping_goes_to_every_request() -> None:
+    found = profile_to(0.35)
+    skip = resolve_skip(Settings(warmup_tokens=5).skip_defaults(found), found, None)
+    assert (skip.warmup_tokens, skip.prompt, skip.max_skips) == (5, False, None)
+    settings = Settings(max_skips=2, skip_prompt=True)
+    skip = resolve_skip(settings.skip_defaults(found), found, None)
+    assert (skip.warmup_tokens, skip.prompt, skip.max_skips) == (3, True, 2)
+
+
+@pytest.mark.parametrize("policy", ["neurons", "static"])
+@pytest.mark.parametrize("setting", [{"skip_threshold": 0.9}, {"max_skips": 2}])
+def test_a_setting_that_means_nothing_to_the_policy_is_refused_at_start(
+    policy: str, setting: dict[str, float]
+) -> None:
+    (name,) = setting
+    settings = Settings.model_validate({"skip_policy": policy, **setting})
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"{flag} means nothing to the policy {policy}"):
+        settings.skip_defaults(profile_to(0.35))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,7 @@ def test_a_ratio_beyond_the_profile_is_refused_at_start() -> None:
 
 
 def test_an_agreement_that_no_ratio_keeps_is_refused_at_start() -> None:
-    with pytest.raises(ConfigError, match=r"the skip profile's best is 0\.980"):
+    with pytest.raises(ConfigError, match=r"--min-agreement: .* 0\.99: .* is 0\.980"):
         Settings(min_agreement=0.99).skip_defaults(profile_to(0.2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 
 from rich.console import Console
@@ -11,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from server.settings import Settings
-from skipllm_core.skip.resolve import SkipDefaults
-from skipllm_core.types import EngineInfo, SkipParams
+from skipllm_core.skip.amounts import SkipChoice
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import AUTO_POLICIES, SkipDefaults, choose_skip, resolve_skip
+from skipllm_core.types import EngineInfo, SkipParams, SkipPolicyName
 
 _EXAMPLE = {
     "messages": [{"role": "user", "content": "Tell me a story about a fox."}],
@@ -27,7 +30,7 @@ def print_line(text: str) -> None:
 
 
 def print_banner(
-    settings: Settings, info: EngineInfo, skip: str, *, url: str, startup_s: float
+    settings: Settings, info: EngineInfo, skipping: Sequence[str], *, url: str, startup_s: float
 ) -> None:
     """The facts of a server that is ready, boxed on a terminal, and a curl to copy."""
     console = Console(stderr=True, highlight=False)
@@ -40,7 +43,7 @@ def print_banner(
             f"{info.max_model_len} tokens; {info.max_num_seqs} sequences at once; "
             f"a KV cache of {info.num_kv_blocks * info.block_size} tokens",
         ),
-        ("skipping", skip),
+        *zip(("skipping", *[""] * len(skipping)), skipping, strict=False),
         ("address", url),
     ]
     if console.is_terminal:
@@ -55,23 +58,60 @@ def print_banner(
     print_line(f"\n{_curl(settings, url)}\n")
 
 
-def describe_skipping(defaults: SkipDefaults, params: SkipParams) -> str:
-    if params.policy == "never":
-        return "off"
-    wanted = "" if defaults.ratio is None else f"ratio {defaults.ratio:.3g}, "
+def describe_skipping(
+    defaults: SkipDefaults, profile: SkipProfile | None, runnable: Collection[SkipPolicyName]
+) -> list[str]:
+    """What a request gets that wishes nothing; of a ratio of a measured policy also what it costs,
+    and why `auto` chose it. Raises InvalidRequestError where the engine cannot do it."""
+    choice = choose_skip(defaults, profile, None, runnable)
+    if choice.policy == "never":
+        return ["off"]
+    assert profile is not None, "nothing else was chosen without one"
+    params = resolve_skip(defaults, profile, None, runnable)
+    wanted = "" if choice.threshold is not None else f"ratio {choice.ratio:.3g}, "
     full_tokens = f"{params.warmup_tokens} full token{'s' * (params.warmup_tokens != 1)}"
+    after = f", after {full_tokens}" if params.warmup_tokens else ""
+    by_auto = "auto chose " if defaults.policy == "auto" else ""
+    lines = [f"{by_auto}{choice.policy}, {wanted}{_in_its_numbers(params)}{after}"]
+    if choice.threshold is None and choice.ratio <= profile.max_ratio(choice.policy):
+        expected = profile.expected(choice.policy, choice.ratio)
+        others = _others(choice, defaults.min_agreement, profile) if by_auto else ""
+        lines.append(
+            f"there its profile has a top-1 agreement of {expected.top1_agreement:.3f} and a KL of "
+            f"{expected.kl:.3g}{others}"
+        )
+    return lines
+
+
+def _in_its_numbers(params: SkipParams) -> str:
     region = f"in layers {params.cold_start} to {params.cold_end - 1}"
     match params.policy:
+        case "neurons":
+            return "thresholds by layer"
         case "static" | "layer_drop":
-            how = f"always layers {', '.join(map(str, params.layers)) or 'none'}"
+            return f"always layers {', '.join(map(str, params.layers)) or 'none'}"
         case "random":
-            how = f"probability {params.probability:.3g} {region}"
+            return f"probability {params.probability:.3g} {region}"
         case "early_exit":
-            how = f"exit after {params.first_exit} layers, falling to {params.cold_start}"
+            return f"exit after {params.first_exit} layers, falling to {params.cold_start}"
         case _:
-            how = f"threshold {params.threshold:.6g} {region}"
-    after = f", after {full_tokens}" if params.warmup_tokens else ""
-    return f"{params.policy}, {wanted}{how}{after}"
+            return f"threshold {params.threshold:.6g} {region}"
+
+
+def _others(choice: SkipChoice, least_agreement: float | None, profile: SkipProfile) -> str:
+    """What the choice of `auto` was preferred to."""
+    found = []
+    for policy in AUTO_POLICIES:
+        if policy == choice.policy or not profile.points(policy):
+            continue
+        if least_agreement is not None:
+            ratio = profile.ratio_at_agreement(policy, least_agreement)
+            found.append(f"{policy}: ratio {ratio or 0.0:.3g}")
+        elif choice.ratio <= profile.max_ratio(policy):
+            found.append(f"{policy}: KL {profile.expected(policy, choice.ratio).kl:.3g}")
+        else:
+            found.append(f"{policy}: out of reach")
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _curl(settings: Settings, url: str) -> str:

@@ -34,12 +34,13 @@ from server.settings import Settings
 from server.tools.style import ChatStyle
 from skipllm_core.client import ProcessEngineClient
 from skipllm_core.config import EngineConfig
-from skipllm_core.errors import ConfigError
+from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.fingerprint import model_fingerprint
 from skipllm_core.skip.profile import SkipProfile
-from skipllm_core.skip.resolve import resolve_skip
+from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.tokenizer import HFTokenizer
+from skipllm_core.types import EngineInfo
 
 PROFILE_NAME = "skip.yaml"  # a model's own profile, in its directory
 KEEP_ALIVE_S = 75  # longer than the idle time of usual proxies: the proxy closes, not we
@@ -180,10 +181,11 @@ async def _serve(
         if loading.done():
             loading.result()  # raises ConfigError
             metrics.set_shape(engine.info)
+            skipping = _describe_skipping(skip_defaults, profile, engine.info)
             print_banner(
                 settings,
                 engine.info,
-                describe_skipping(skip_defaults, resolve_skip(skip_defaults, profile, None)),
+                skipping,
                 url=_url(settings, listener),
                 startup_s=time.monotonic() - started_s,
             )
@@ -201,6 +203,16 @@ async def _serve(
         await asyncio.wait({loading, serving})
         await engine.close()
     return stop.exit_code
+
+
+def _describe_skipping(
+    defaults: SkipDefaults, profile: SkipProfile | None, info: EngineInfo
+) -> list[str]:
+    """Raises ConfigError where the engine, now that it is known, cannot skip so."""
+    try:
+        return describe_skipping(defaults, profile, info.skip_policies)
+    except InvalidRequestError as error:
+        raise ConfigError(str(error)) from None
 
 
 class HTTPProtocol(HttpToolsProtocol):

@@ -59,20 +59,22 @@ class SkipWish(Wire):
 
     model_config = ConfigDict(extra="forbid")
 
-    policy: Literal["off", SkipPolicyName] | None = None
-    """What decides which FFN blocks are skipped; `off`, the same as `never`: none."""
+    policy: Literal["off", "auto", SkipPolicyName] | None = None
+    """What decides what is skipped; `auto`: the policy that the skip profile shows best there;
+    `off`, the same as `never`: nothing is."""
     ratio: Ratio | None = None
-    """Share of FFN blocks to skip; the skip profile turns it into a threshold."""
+    """Share of the FFN weights to leave out; the skip profile turns it into thresholds."""
     threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Cosine similarity from which a token skips; instead of a ratio."""
+    """Policy `ffn_skip`, which it implies: cosine similarity from which a token skips; instead of a
+    ratio."""
     warmup_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     """First generated tokens that are decoded in full."""
     max_skips: Annotated[int, Field(ge=0, le=_INT32)] | None = None
-    """FFN blocks that one token may skip at most."""
+    """Policy `ffn_skip`: FFN blocks that one token may skip at most."""
     budget_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     """Policy `early_exit`: generated tokens after which the exit is at its last layer."""
     trace: bool | None = None
-    """Whether chunks bear the layers that their tokens skipped."""
+    """Whether chunks bear the layers that their tokens skipped, and the neurons left out."""
     prompt: bool | None = None
     """Whether the prompt's tokens behind its first skip, too, as if they had been generated."""
 

@@ -129,11 +129,14 @@ def truncated(request: GenerationRequest, prompt_ids: list[int]) -> list[int]:
 
 
 def to_skip_params(
-    request: GenerationRequest, defaults: SkipDefaults, profile: SkipProfile | None
+    request: GenerationRequest,
+    defaults: SkipDefaults,
+    profile: SkipProfile | None,
+    info: EngineInfo,
 ) -> SkipParams:
     wish = request.skip
     options = None if wish is None else SkipOptions(**wish.model_dump())
-    return resolve_skip(defaults, profile, options)
+    return resolve_skip(defaults, profile, options, info.skip_policies)
 
 
 def check_combinations(request: ChatRequest | CompletionRequest) -> None:

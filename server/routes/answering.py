@@ -109,7 +109,7 @@ def submit(
 ) -> Generation:
     """Queues every choice of every prompt, or raises; choices of a prompt differ by their seed, and
     all follow the constraint. Parsers see `shown_tokens` even where special ones are skipped."""
-    skip = to_skip_params(request, service.skip_defaults, service.skip_profile)
+    skip = to_skip_params(request, service.skip_defaults, service.skip_profile, service.engine.info)
     check_prompt_logprobs(request, prompts)
     sequences = []
     for prompt_ids in prompts:

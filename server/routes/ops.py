@@ -14,7 +14,8 @@ from server.openapi import answers
 from server.protocol.schemas import Health, ServerInfo, Status, Version
 from server.routes.strict import StrictRouter
 from server.service import Service
-from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.profile import MEASURED_POLICIES, FfnSkipPoint, SkipPoint, SkipProfile
+from skipllm_core.skip.resolve import choose_skip
 
 router = StrictRouter()
 
@@ -60,22 +61,31 @@ async def server_info(request: Request) -> Response:
     """The model, its limits, the skip policy and the skip profile."""
     service = _service(request)
     service.check_ready()
-    profile = service.skip_profile
     return json_response(
         {
             "version": service.version,
             "model": service.model_name,
             "engine": dataclasses.asdict(service.engine.info),
             "sampling_defaults": service.sampling_defaults.model_dump(),
-            "skip": {
-                "defaults": dataclasses.asdict(service.skip_defaults),
-                "profile": None if profile is None else _summary(profile),
-            },
+            "skip": _skipping(service),
             "tools": service.chat_style.summary(),
             "num_running_requests": service.lifecycle.num_running,
             "num_unknown_fields_ignored": service.unknown_fields.num_ignored,
         }
     )
+
+
+def _skipping(service: Service) -> dict[str, Any]:
+    """The defaults as they were set, what a request gets that wishes nothing, and what is known of
+    the policies."""
+    profile = service.skip_profile
+    runnable = service.engine.info.skip_policies
+    choice = choose_skip(service.skip_defaults, profile, None, runnable)
+    return {
+        "defaults": dataclasses.asdict(service.skip_defaults),
+        "chosen": dataclasses.asdict(choice),
+        "profile": None if profile is None else _summary(profile),
+    }
 
 
 def _summary(profile: SkipProfile) -> dict[str, Any]:
@@ -84,17 +94,29 @@ def _summary(profile: SkipProfile) -> dict[str, Any]:
         "cold_start": profile.cold_start,
         "cold_end": profile.cold_end,
         "warmup_tokens": profile.warmup_tokens,
-        "max_ratio": profile.max_ratio("ffn_skip"),
-        "points": [
-            {
-                "threshold": point.threshold,
-                "region": point.region,
-                "skipped_ffn_share": point.skipped_ffn_share,
-                "top1_agreement": point.top1_agreement,
-                "kl": point.kl,
+        "policies": {
+            policy: {
+                "max_ratio": profile.max_ratio(policy),
+                "points": [_point(point) for point in points],
             }
-            for point in profile.ffn_skip
-        ],
+            for policy in MEASURED_POLICIES
+            if (points := profile.points(policy))
+        },
+    }
+
+
+def _point(point: SkipPoint) -> dict[str, Any]:
+    """What it costs; and of thresholds, where there is one for all layers."""
+    of_ffn_skip = {}
+    if isinstance(point, FfnSkipPoint):
+        of_ffn_skip = {"threshold": point.threshold, "region": point.region}
+    return {
+        "skipped_ffn_share": point.skipped_ffn_share,
+        "top1_agreement": point.top1_agreement,
+        "kl": point.kl,
+        "perplexity_change": point.perplexity_change,
+        "weight_skip_ratio": {str(batch): r for batch, r in point.weight_skip_ratio.items()},
+        **of_ffn_skip,
     }
 
 

@@ -17,6 +17,7 @@ from skipllm_core.errors import (
     OverloadedError,
 )
 from skipllm_core.messages import Abort, Add, Command
+from skipllm_core.skip.resolve import check_runnable
 from skipllm_core.types import (
     EngineHealth,
     EngineInfo,
@@ -114,12 +115,7 @@ class EngineClient(ABC):
         # An id outside the vocabulary would fail the forward of everyone in its batch.
         _refuse_unknown_ids("prompt", (min(prompt_ids), max(prompt_ids)), info.vocab_size)
         _refuse_unknown_ids("logit_bias", (i for i, _ in params.logit_bias), info.vocab_size)
-        if params.skip.policy not in info.skip_policies:
-            raise InvalidRequestError(
-                f"The skip policy {params.skip.policy} leaves out attention, which the decode "
-                "kernels here do not: start the server with --enforce-eager for it.",
-                param="skip.policy",
-            )
+        check_runnable(params.skip.policy, info.skip_policies)
         num_tokens = max_cached_tokens(num_prompt_tokens, params.max_tokens, info.max_model_len)
         if num_tokens > info.num_kv_blocks * info.block_size:
             raise InvalidRequestError(

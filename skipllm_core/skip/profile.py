@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -77,6 +78,14 @@ class NeuronPoint(SkipPoint, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     down_thresholds: tuple[Score, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What skipping costs, as a profile shows it."""
+
+    top1_agreement: float
+    kl: float
+
+
 class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A model's skippable regions, thresholds, and what each policy costs it.
 
@@ -136,6 +145,33 @@ class SkipProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """The largest measured ratio whose top-1 agreement is at least this; None: none is."""
         points = self.points(policy)
         return max((p.skipped_ffn_share for p in points if p.top1_agreement >= least), default=None)
+
+    def expected(self, policy: SkipPolicyName, ratio: float) -> Expected:
+        """What leaving out this share costs under a policy that was measured: linear between its
+        points, of which the first is that nothing is lost at ratio 0, and on behind the last, which
+        may fall short of its target."""
+        points = self.points(policy)
+        assert points, policy
+        known = [(0.0, 1.0, 0.0), *((p.skipped_ffn_share, p.top1_agreement, p.kl) for p in points)]
+        low, high = next(
+            (pair for pair in pairwise(known) if ratio <= pair[1][0]), (known[-2], known[-1])
+        )
+        share = (ratio - low[0]) / (high[0] - low[0])
+        agreement, kl = (a + share * (b - a) for a, b in zip(low[1:], high[1:], strict=True))
+        return Expected(max(0.0, agreement), max(0.0, kl))
+
+    def best_at(self, ratio: float, policies: Sequence[SkipPolicyName]) -> SkipPolicyName | None:
+        """The policy that costs the least KL there; None: none of them goes so far."""
+        reaching = [p for p in policies if self.points(p) and ratio <= self.max_ratio(p)]
+        return min(reaching, key=lambda p: self.expected(p, ratio).kl, default=None)
+
+    def best_at_agreement(
+        self, least: float, policies: Sequence[SkipPolicyName]
+    ) -> tuple[SkipPolicyName, float] | None:
+        """The policy that leaves out the most, and how much; None: none agrees so often."""
+        ratios = [(policy, self.ratio_at_agreement(policy, least)) for policy in policies]
+        found = [(policy, ratio) for policy, ratio in ratios if ratio is not None]
+        return max(found, key=lambda one: one[1], default=None)
 
     @property
     def widest_region(self) -> tuple[int, int]:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from server.protocol.sampling import SamplingDefaults
 from skipllm_core.engine.runner import Batch, StepResult
 from skipllm_core.sequence import Sequence
+from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.tokenizer import ByteTokenizer
 from skipllm_core.types import TokenLogprobs
 from tests.fakes import FakeRunner, count_up
 from tests.server.conftest import MODEL, Server, make_profile, running
+from tests.skip.profiles import neuron_point, point, profile
 
 SONG = "Füchse 🦊 jump over the dog.\nThe end. "
 
@@ -541,6 +543,32 @@ async def test_skipping_is_as_the_request_says_and_the_usage_tells(server: Serve
     assert off["usage"] == zero["usage"]
     assert off["choices"][0]["message"] == zero["choices"][0]["message"]
     assert off["usage"]["skip"]["skipped_ffn_blocks"] == 0
+
+
+async def test_a_request_may_leave_the_policy_to_the_profile(server: Server) -> None:
+    skip = {"policy": "auto", "warmup_tokens": 0}
+    usage = (await server.chat(max_tokens=6, skip=skip)).json()["usage"]["skip"]
+    assert usage["token_skip_ratio"] > 0, "blocks have the lower KL"
+    refused = await server.chat(skip={"policy": "neurons", "max_skips": 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "skip.max_skips"
+
+
+async def test_auto_gives_no_request_a_policy_that_the_engine_does_not_run() -> None:
+    best = profile(
+        point(0.25, 0.9, kl=0.5, region=(1, 3)), neurons=(neuron_point(0.3),), num_layers=6
+    )
+    options: dict[str, Any] = {"skip_profile": best, "skip_defaults": SkipDefaults(policy="auto")}
+    async with running(**options) as server:
+        usage = (await server.chat(max_tokens=9)).json()["usage"]["skip"]
+        assert usage["skipped_ffn_share"] > usage["token_skip_ratio"] == 0
+    blocks_only = {"skip_policies": ("never", "ffn_skip", "static")}
+    async with running(runner=blocks_only, **options) as server:
+        usage = (await server.chat(max_tokens=9)).json()["usage"]["skip"]
+        assert usage["skipped_ffn_share"] == usage["token_skip_ratio"] > 0
+        refused = await server.chat(skip={"policy": "neurons"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "skip.policy"
 
 
 async def test_a_trace_tells_the_layers_skipped_for_every_token(server: Server) -> None:

@@ -10,6 +10,7 @@ import pytest
 from server.app import build_app
 from skipllm_core.client import InProcessEngineClient
 from skipllm_core.engine.engine import Engine
+from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.server.conftest import MODEL, Server, make_profile, running
 
@@ -52,7 +53,20 @@ async def test_server_info_tells_limits_policy_and_profile(server: Server) -> No
     assert info["model"] == MODEL
     assert info["engine"]["max_model_len"] == 128
     assert info["skip"]["defaults"]["policy"] == "never"
-    assert info["skip"]["profile"]["points"][0]["threshold"] == 0.9
+    policies = info["skip"]["profile"]["policies"]
+    assert policies["ffn_skip"]["points"][0]["threshold"] == 0.9
+    assert policies["neurons"]["max_ratio"] == 0.25
+    assert policies["neurons"]["points"][0]["kl"] == 0.02
+    assert policies["neurons"]["points"][0]["weight_skip_ratio"]["1"] == 0.25
+    assert set(policies) == {"ffn_skip", "neurons"}, "those that were measured"
+
+
+async def test_server_info_tells_what_auto_has_chosen() -> None:
+    defaults = SkipDefaults(policy="auto", min_agreement=0.98)
+    async with running(skip_profile=make_profile(), skip_defaults=defaults) as server:
+        info = (await server.http.get("/server_info")).json()
+    assert info["skip"]["defaults"]["min_agreement"] == 0.98
+    assert info["skip"]["chosen"] == {"policy": "neurons", "ratio": 0.25, "threshold": None}
 
 
 async def test_the_model_card_is_constant_and_knows_its_context(server: Server) -> None:

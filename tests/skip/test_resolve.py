@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from skipllm_core.errors import InvalidRequestError
-from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
+from skipllm_core.skip.amounts import SkipChoice
+from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, choose_skip, resolve_skip
 from skipllm_core.types import SkipParams
 from tests.skip.profiles import layer, point, profile
 
@@ -118,9 +119,11 @@ def test_skipping_without_a_profile_names_the_command_that_makes_one() -> None:
             resolve_skip(SkipDefaults(), None, SkipOptions(**wish))
 
 
-def test_skipping_without_an_amount_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="How much"):
-        resolve(SkipDefaults(policy="never"), policy="ffn_skip")
+def test_an_amount_that_nobody_names_is_a_quarter_or_as_much_as_the_profile_reaches() -> None:
+    assert choose_skip(SkipDefaults(), PROFILE, SkipOptions(policy="ffn_skip")).ratio == 0.25
+    narrow = profile(point(0.2, 0.95))
+    assert choose_skip(SkipDefaults(), narrow, SkipOptions(policy="ffn_skip")).ratio == 0.2
+    assert choose_skip(SkipDefaults(policy="auto"), profile()) == SkipChoice()
 
 
 # The policies that the paper compares with -------------------------------------------------------
@@ -182,7 +185,6 @@ def test_early_exit_leaves_the_ratio_out_on_the_mean_of_its_exits() -> None:
         ({"policy": "random", "ratio": 0.63}, "skip.ratio"),
         ({"policy": "layer_drop", "ratio": 0.9}, "skip.ratio"),
         ({"policy": "early_exit", "ratio": 0.9}, "skip.ratio"),
-        ({"policy": "static"}, "skip.ratio"),
         ({"policy": "static", "threshold": 0.9}, "skip.threshold"),
         ({"policy": "random", "ratio": 0.1, "max_skips": 1}, "skip.max_skips"),
         ({"policy": "layer_drop", "ratio": 0.1, "warmup_tokens": 1}, "skip.warmup_tokens"),

@@ -10,9 +10,10 @@ import typer
 
 from server.cli.bench.flags import Peer, check_surroundings, names, numbers
 from server.cli.options import takes_settings, told_in_one_line
-from server.settings import DEFAULT_SKIP_RATIO, EMBEDDED_MODEL_NAME, Settings, SettingsError
+from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError
 from server.settings_sources import load_settings
 from skipllm_core.bench.shapes import DEFAULT_SHAPE, SHAPE_NAMES
+from skipllm_core.skip.resolve import DEFAULT_SKIP_RATIO
 
 _ENGINE = ("load_format", "dtype", "device", "quantization", "num_threads", "seed")
 _POLICIES = ("never", "ffn_skip", "forced")

@@ -20,7 +20,7 @@ from rich.console import Console
 from server.cli.calibrate import read_prompts
 from server.cli.launch import find_profile
 from server.cli.models import find_model
-from server.settings import DEFAULT_SKIP_RATIO, Settings, SettingsError
+from server.settings import Settings, SettingsError
 from skipllm_core.bench.cases import make_cases
 from skipllm_core.bench.decode import DecodeBench, step_bytes
 from skipllm_core.bench.prefill import bench_prefill
@@ -44,7 +44,7 @@ from skipllm_core.demo.data.heldout import held_out_set
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.config import ModelConfig, load_model_config
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.resolve import SkipDefaults, resolve_skip
+from skipllm_core.skip.resolve import DEFAULT_SKIP_RATIO, SkipDefaults, resolve_skip
 from skipllm_core.tokenizer import HFTokenizer
 from skipllm_core.types import SkipParams
 
