@@ -86,7 +86,8 @@ class Settings(BaseModel):
     model: str | None = _setting(
         "Model",
         None,
-        "A local directory or a Hugging Face id. Without it, the embedded model is served.",
+        "A local directory, a GGUF file, or a Hugging Face id (of a GGUF file there: "
+        "ORGANISATION/NAME/FILE.gguf). Without it, the embedded model is served.",
     )
     served_model_name: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = _setting(
         "Model",
@@ -100,8 +101,8 @@ class Settings(BaseModel):
     tokenizer: str | None = _setting(
         "Model",
         None,
-        "A directory or Hugging Face id whose tokenizer and chat template to use; by default, "
-        "the model's own.",
+        "A directory, GGUF file or Hugging Face id whose tokenizer and chat template to use; by "
+        "default, the model's own.",
     )
     generation_config: str = _setting(
         "Model",

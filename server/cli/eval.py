@@ -65,7 +65,8 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help=f"A local directory or a Hugging Face id. Default: {EMBEDDED_MODEL_NAME}.",
+            help="A local directory, a GGUF file or a Hugging Face id. "
+            f"Default: {EMBEDDED_MODEL_NAME}.",
         ),
     ] = None,
     *,

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from skipllm_core.bench.bandwidth import synchronize
+from skipllm_core.model.gguf.directory import LINK, is_directory_of_gguf
 
 
 class TransformersModel:
@@ -31,7 +32,8 @@ class TransformersModel:
             with torch.device(device):
                 self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
         else:
-            model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+            of_file = {"gguf_file": LINK} if is_directory_of_gguf(model_dir) else {}
+            model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **of_file)
             self._model = model.to(device)
             for parameter in self._model.parameters():
                 # Into memory of its own, as ours are: pages mapped from a file are slower to read.

@@ -16,6 +16,7 @@ from skipllm_core.config import DType, LoadFormat, Quantization
 from skipllm_core.errors import ConfigError, UnsupportedModelError
 from skipllm_core.model.checkpoint import INDEX, SINGLE, TensorInfo
 from skipllm_core.model.config import ModelConfig, load_model_config
+from skipllm_core.model.gguf.directory import is_directory_of_gguf
 from skipllm_core.model.gguf.tensors import GGUFTensor, read_plain
 from skipllm_core.model.layers import QUANTIZED, Linear, Place, quantize
 from skipllm_core.model.llama import LlamaModel
@@ -87,6 +88,7 @@ def load_model(
         model = _allocate(config, Place(dtype, device, quantization))
         _fill_at_random(model, seed)
         return _finished(model)
+    _check_format(model_dir, load_format)
     tensors = read_tensors(model_dir)
     if (model_dir / SINGLE).is_file() and (model_dir / INDEX).is_file():
         logger.warning("%s: the weights are those of %s, not of %s", model_dir, SINGLE, INDEX)
@@ -106,6 +108,12 @@ def _finished(model: LlamaModel) -> LlamaModel:
     for block in model.blocks:
         block.ffn.measure_down()
     return model.eval()
+
+
+def _check_format(model_dir: Path, load_format: LoadFormat) -> None:
+    found = "gguf" if is_directory_of_gguf(model_dir) else "safetensors"
+    if load_format not in ("auto", found):
+        raise ConfigError(f"the load format is {load_format}, but the model's weights are {found}")
 
 
 def _settle_head(config: ModelConfig, tensors: dict[str, TensorInfo]) -> ModelConfig:

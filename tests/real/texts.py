@@ -14,3 +14,4 @@ CHAT = [
     {"role": "user", "content": "Naïve 😀 or not, how many people live there in 2024?"},
 ]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+STORY = [{"role": "user", "content": "Tell me a story about a fox."}]

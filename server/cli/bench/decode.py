@@ -23,8 +23,8 @@ _Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help=f"A local directory, a Hugging Face id, or {EMBEDDED_MODEL_NAME}. Without it, a shape "
-        "with random weights is measured.",
+        help=f"A local directory, a GGUF file, a Hugging Face id, or {EMBEDDED_MODEL_NAME}. "
+        "Without it, a shape with random weights is measured.",
     ),
 ]
 _Shape = Annotated[

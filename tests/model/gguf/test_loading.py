@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from skipllm_core.errors import UnsupportedModelError
+from skipllm_core.bench.compare import TransformersModel
+from skipllm_core.config import LoadFormat
+from skipllm_core.errors import ConfigError, UnsupportedModelError
 from skipllm_core.model.gguf import tensors
 from skipllm_core.model.hub import resolve_model
 from skipllm_core.model.loader import load_model
@@ -85,6 +88,29 @@ def test_tensors_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
     file.write_bytes(data.replace(b"blk.2.ffn_down.weight", b"blk.1.ffn_down.biases"))
     with pytest.raises(UnsupportedModelError, match=r"missing: 'model\.layers\.2\.mlp\.down_proj"):
         load_model(resolve_model(str(file)), device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("load_format", "is_told"), [("gguf", False), ("safetensors", True)])
+def test_a_load_format_is_what_is_loaded_or_told(
+    tmp_path: Path, load_format: LoadFormat, is_told: bool
+) -> None:
+    model_dir = resolve_model(str(write_gguf(tmp_path / "m.gguf", make_oracle("llama2"))))
+    message = "load format is safetensors, but the model's weights are gguf"
+    with pytest.raises(ConfigError, match=message) if is_told else nullcontext():
+        load_model(model_dir, device=CPU, dtype=torch.float32, load_format=load_format)
+    oracle = make_oracle("llama2")
+    oracle.save_pretrained(tmp_path / "other")
+    message = "load format is gguf, but the model's weights are safetensors"
+    with nullcontext() if is_told else pytest.raises(ConfigError, match=message):
+        load_model(tmp_path / "other", device=CPU, dtype=torch.float32, load_format=load_format)
+
+
+def test_transformers_is_compared_with_on_the_same_file(tmp_path: Path) -> None:
+    oracle = make_oracle("llama2")
+    model_dir = resolve_model(str(write_gguf(tmp_path / "m.gguf", oracle)))
+    theirs = TransformersModel(model_dir, dtype=torch.float32, device=CPU)
+    expected = oracle(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax()
+    assert theirs.prefill([5, 6, 7])[1] == expected
 
 
 def test_a_head_of_queries_that_does_not_fit_is_refused(tmp_path: Path) -> None:
