@@ -12,6 +12,7 @@ COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
     && pip install --no-cache-dir -c constraints.txt -r requirements.txt
 COPY README.md LICENSE ./
+COPY configs configs
 COPY server server
 COPY skipllm_core skipllm_core
 RUN pip install --no-cache-dir --no-deps --prefix /package .

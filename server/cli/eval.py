@@ -233,7 +233,7 @@ def _backend(
 
         client = ChatClient(plan.base_url, plan.model_name, os.environ.get("SKIPLLM_EVAL_API_KEY"))
         return HttpBackend(client, plan.max_tokens, plan.concurrency, plan.seed), None, {}
-    from server.cli.launch import PROFILE_NAME, find_profile
+    from server.cli.launch import find_profile, find_profile_file
     from server.cli.models import find_model
     from skipllm_core.client.worker_handle import openmp_environment
     from skipllm_core.model.config import load_model_config
@@ -241,7 +241,8 @@ def _backend(
 
     model_dir = find_model(settings)
     profile = find_profile(settings.skip_profile, model_dir)
-    profile_path = settings.skip_profile or model_dir / PROFILE_NAME
+    fingerprint = model_fingerprint(model_dir)
+    profile_file = find_profile_file(settings.skip_profile, model_dir, fingerprint)
     os.environ.update(openmp_environment(settings.num_threads))  # before torch is loaded
     from skipllm_core.evals.engine_backend import EngineBackend
     from skipllm_core.tokenizer import HFTokenizer
@@ -252,8 +253,8 @@ def _backend(
     for setting in asked:
         backend.resolve(setting)
     identity: dict[str, object] = {
-        "fingerprint": model_fingerprint(model_dir),
-        "profile_sha256": profile and hashlib.sha256(profile_path.read_bytes()).hexdigest(),
+        "fingerprint": fingerprint,
+        "profile_sha256": profile_file and hashlib.sha256(profile_file.read_bytes()).hexdigest(),
         "device": engine.info.device,
         "dtype": engine.info.dtype,
         "enforce_eager": settings.enforce_eager,

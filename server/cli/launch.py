@@ -43,6 +43,7 @@ from skipllm_core.tokenizer import HFTokenizer
 from skipllm_core.types import EngineInfo
 
 PROFILE_NAME = "skip.yaml"  # a model's own profile, in its directory
+PROFILES_DIR = Path(__file__).parents[2] / "configs" / "skip"  # those that come with the package
 KEEP_ALIVE_S = 75  # longer than the idle time of usual proxies: the proxy closes, not we
 FAREWELL_S = 0.5  # for telling what outlasts the drain that it is over
 FLUSH_S = 1  # for responses that are still being written when all has ended
@@ -76,16 +77,27 @@ def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def find_profile(given: Path | None, model_dir: Path) -> SkipProfile | None:
-    """The profile that was named, else the model's own, if it has one.
+    """The skip profile of a model, if there is one.
 
     Raises ProfileError when it cannot be read, or is another model's.
     """
-    path = given or model_dir / PROFILE_NAME
-    if given is None and not path.exists():
+    fingerprint = model_fingerprint(model_dir)
+    path = find_profile_file(given, model_dir, fingerprint)
+    if path is None:
         return None
     profile = SkipProfile.load(path)
-    profile.check_model(model_fingerprint(model_dir))
+    profile.check_model(fingerprint)
     return profile
+
+
+def find_profile_file(given: Path | None, model_dir: Path, fingerprint: str) -> Path | None:
+    """The one that was named, else the model's own, else ours of the same weights: a profile there
+    bears the beginning of their fingerprint in its name, so that no other has to be read."""
+    if given is not None:
+        return given
+    if (own := model_dir / PROFILE_NAME).exists():
+        return own
+    return next(PROFILES_DIR.glob(f"*.{fingerprint[:12]}.yaml"), None)
 
 
 def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:

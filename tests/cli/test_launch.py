@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from server.cli import launch
 from server.cli.launch import find_profile, listen
 from server.cli.models import find_model
 from server.settings import Settings
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import ConfigError, ProfileError
 from skipllm_core.model.fingerprint import model_fingerprint
+from skipllm_core.skip.profile import SkipProfile
 from tests.e2e.serving import Served, serve
 from tests.test_settings import profile
 
@@ -42,6 +45,42 @@ def test_a_model_brings_its_own_profile(checkpoint: Path) -> None:
     own = profile(fingerprint=model_fingerprint(checkpoint))
     own.save(checkpoint / "skip.yaml")
     assert find_profile(None, checkpoint) == own
+
+
+def test_a_profile_that_comes_with_the_package_is_found_by_the_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "PROFILES_DIR", tmp_path)
+    fingerprint = model_fingerprint(checkpoint)
+    (tmp_path / "another.0123456789ab.yaml").write_text("not even a profile, and not read")
+    assert find_profile(None, checkpoint) is None
+    ours = profile(fingerprint=fingerprint)
+    ours.save(tmp_path / f"tiny-instruct.{fingerprint[:12]}.yaml")
+    assert find_profile(None, checkpoint) == ours
+    own = profile(fingerprint=fingerprint, warmup_tokens=9)
+    own.save(checkpoint / "skip.yaml")
+    assert find_profile(None, checkpoint) == own
+
+
+def test_a_name_that_promises_another_models_profile_is_not_believed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "PROFILES_DIR", tmp_path)
+    fingerprint = model_fingerprint(checkpoint)
+    other = profile(fingerprint=fingerprint[:12] + "0" * 52)
+    other.save(tmp_path / f"tiny.{fingerprint[:12]}.yaml")
+    with pytest.raises(ProfileError, match="another model"):
+        find_profile(None, checkpoint)
+
+
+def test_every_profile_of_the_package_can_be_read_and_bears_its_fingerprint() -> None:
+    for file in launch.PROFILES_DIR.glob("*.yaml"):
+        found = SkipProfile.load(file)
+        assert file.name.endswith(f".{found.fingerprint[:12]}.yaml"), file.name
+    settings = tomllib.loads((launch.PROFILES_DIR.parents[1] / "pyproject.toml").read_text())
+    setuptools = settings["tool"]["setuptools"]
+    assert "configs*" in setuptools["packages"]["find"]["include"]
+    assert setuptools["package-data"]["configs"] == ["skip/*.yaml"]
 
 
 @pytest.mark.parametrize("name", [None, "skipllm-demo"])

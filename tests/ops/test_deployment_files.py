@@ -133,6 +133,49 @@ def test_the_heat_map_counts_each_request_in_one_column() -> None:
     assert seconds[0] >= 4 * seconds[1]
 
 
+def test_the_share_of_weights_left_out_counts_the_rows_of_each_neuron(
+    promtool: str, tmp_path: Path
+) -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    (panel,) = [panel for panel in panels if panel["title"] == "FFN weights left out"]
+    share = panel["targets"][0]["expr"].replace("$__rate_interval", "1m")
+    # Neurons of two layers, so 300 rows of weights each: left out are 2 x 20 + 10 of layer 0 and
+    # 3 x 50 of layer 1.
+    counts = {
+        ("0", "computed"): 70, ("0", "skipped_before_up"): 20, ("0", "skipped_before_down"): 10,
+        ("0", "skipped_with_block"): 0,
+        ("1", "computed"): 50, ("1", "skipped_before_up"): 0, ("1", "skipped_before_down"): 0,
+        ("1", "skipped_with_block"): 50,
+    }  # fmt: skip
+    name = "skipllm_ffn_neurons_total"
+    series = [
+        {"series": f'{name}{{layer="{layer}", outcome="{outcome}"}}', "values": f"0+{count}x5"}
+        for (layer, outcome), count in counts.items()
+    ]
+    expected = {"value": (2 * 20 + 10 + 3 * 50) / (3 * 200)}
+    case = {
+        "interval": "30s",
+        "input_series": series,
+        "promql_expr_test": [{"expr": share, "eval_time": "2m", "exp_samples": [expected]}],
+    }
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump({"evaluation_interval": "30s", "tests": [case]}))
+    run = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_panel_tells_the_neurons_left_out_by_layer() -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    (panel,) = [panel for panel in panels if panel["title"] == "Neurons left out per layer"]
+    assert [re.findall(r'outcome="(\w+)"', target["expr"]) for target in panel["targets"]] == [
+        ["skipped_before_up"],
+        ["skipped_before_down"],
+    ]
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    assert len(set(places)) == len(places), "two panels at one place"
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
 def test_the_kubernetes_example_probes_what_the_server_answers() -> None:
     text = (REPO / "docs/deploy.md").read_text()
     match = re.search(r"^ {4}apiVersion:.*?(?=^\S)", text, re.MULTILINE | re.DOTALL)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.conftest import CONFIG
 from tests.e2e.serving import Served
 from tests.ops.test_deployment_files import DASHBOARD
 
@@ -61,7 +62,9 @@ def test_the_counts_are_exact(scrape: str) -> None:
     assert total("request_skip_ratio_count") == NUM_REQUESTS
     assert total("requests_total") == NUM_REQUESTS + 1
     assert total("requests_running") == total("requests_waiting") == 0
-    assert total("ffn_blocks_total") == NUM_REQUESTS * (NUM_GENERATED - 1) * 4
+    num_blocks = NUM_REQUESTS * (NUM_GENERATED - 1) * CONFIG["num_hidden_layers"]
+    assert total("ffn_blocks_total") == num_blocks
+    assert total("ffn_neurons_total") == num_blocks * CONFIG["intermediate_size"]
     assert total("engine_up") == 1
 
 
