@@ -130,7 +130,18 @@ def cpu_forward(
         rows = gate.rows_to_run(layer)
         if rows:
             some = None if len(rows) == num_rows else list(rows)
-            if gate.watches(layer):
+            if gate.neurons.has_rules:
+                counts, similarities = decoder.feed_forward_neurons(
+                    layer,
+                    some,
+                    gate.neurons.thresholds(layer),
+                    is_joint=gate.neurons.is_joint,
+                    is_watched=gate.watches(layer),
+                )
+                gate.neurons.count(layer, counts)
+                if similarities is not None:
+                    gate.observe(layer, similarities)
+            elif gate.watches(layer):
                 gate.observe(layer, decoder.feed_forward_watched(layer, some))
             else:
                 decoder.feed_forward(layer, some)

@@ -174,7 +174,7 @@ class TorchModelRunner:
 
     def _decoder_for(self, num_rows: int, num_tokens: int, gate: SkipGate) -> CpuDecoder | None:
         """The kernels, where they can run a step over these and do it faster than torch."""
-        if self.cpu_decoder is None or gate.whole_layer_rows or gate.neurons.has_rules:
+        if self.cpu_decoder is None or gate.whole_layer_rows:
             return None
         is_decode = num_tokens == num_rows
         most = self.cpu_decoder.max_num_rows if is_decode else KERNEL_PREFILL_TOKENS

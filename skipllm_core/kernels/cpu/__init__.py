@@ -18,6 +18,7 @@ from torch import Tensor
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.layers import Linear
 from skipllm_core.model.llama import LlamaModel
+from skipllm_core.skip.neurons import NeuronCounts
 
 if TYPE_CHECKING:
     from skipllm_core.kernels.cpu import _decoder as _native
@@ -95,6 +96,7 @@ class CpuDecoder:
                 o=_linear(attention.o),
                 gate_up=_linear(block.ffn.gate_up),
                 down=_linear(block.ffn.down, by_inputs=True),
+                down_norms=_address(block.ffn.down_norms),
                 keys=_address(kv_cache.keys[layer]),
                 values=_address(kv_cache.values[layer]),
                 window=attention.window or 0,
@@ -126,6 +128,23 @@ class CpuDecoder:
         """`feed_forward`, and for every row of the step the cosine of h before and after: 1 where
         it did not run."""
         return self._decoder.feed_forward_watched(layer, rows)
+
+    def feed_forward_neurons(
+        self,
+        layer: int,
+        rows: list[int] | None,
+        thresholds: list[tuple[float, float]],
+        *,
+        is_joint: bool,
+        is_watched: bool,
+    ) -> tuple[NeuronCounts, list[float] | None]:
+        """`feed_forward` without the neurons below a row's thresholds (those of all rows of the
+        step, before up and before down), and what was left out; where it `is_watched`, what
+        `feed_forward_watched` tells, too. Weights that no row wants are not read."""
+        before_up, before_down, unread_up, unread_down, similarities = (
+            self._decoder.feed_forward_neurons(layer, rows, thresholds, is_joint, is_watched)
+        )
+        return NeuronCounts(before_up, before_down, unread_up, unread_down), similarities
 
     def logits(self, rows: list[int] | None = None) -> Tensor:
         """head(h) of `rows` (None: all): [number of rows, vocab] float32."""

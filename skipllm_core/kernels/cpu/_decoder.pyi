@@ -38,6 +38,7 @@ class Decoder:
         o: _Linear,
         gate_up: _Linear,
         down: _Linear,
+        down_norms: int,
         keys: int,
         values: int,
         window: int,
@@ -48,4 +49,13 @@ class Decoder:
     def attend(self, layer: int, /) -> None: ...
     def feed_forward(self, layer: int, rows: list[int] | None, /) -> None: ...
     def feed_forward_watched(self, layer: int, rows: list[int] | None, /) -> list[float]: ...
+    def feed_forward_neurons(
+        self,
+        layer: int,
+        rows: list[int] | None,
+        thresholds: list[tuple[float, float]],
+        is_joint: bool,
+        is_watched: bool,
+        /,
+    ) -> tuple[list[int], list[int], int, int, list[float] | None]: ...
     def head(self, rows: list[int] | None, logits: int, /) -> None: ...

@@ -241,14 +241,15 @@ void decoder_attend(Decoder *decoder, const Layer *layer) {
 }
 
 void decoder_feed_forward(Decoder *decoder, const Layer *layer, const int *rows, int num_rows,
-                          float *similarities) {
+                          float *similarities, Neurons *neurons) {
     int64_t hidden = decoder->shape.hidden;
     for (int i = 0; i < num_rows; i++) {
         rms_norm(decoder, decoder->h + rows[i] * hidden, layer->norm2, hidden,
                  decoder->x + i * hidden);
     }
+    if (neurons != NULL) neurons->norms = layer->down_norms;
     feed_forward_run(decoder->ffn, &decoder->workers, &layer->gate_up, &layer->down, decoder->x,
-                     num_rows, decoder->h, rows, similarities);
+                     num_rows, decoder->h, rows, similarities, neurons);
 }
 
 void decoder_head(Decoder *decoder, const float *norm, const Linear *head, const int *rows,

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "neurons.h"
 #include "simd.h"
 
 typedef struct {
@@ -16,6 +17,7 @@ typedef struct {
 
 typedef struct {
     const float *norm1, *norm2; /* [hidden] */
+    const float *down_norms;    /* [inner]: of the columns of down */
     const float *qk_norm;       /* NULL, or [num_heads + num_kv_heads, head_dim] */
     Linear qkv, o, gate_up, down; /* down lies input by input */
     float *keys, *values; /* [num_blocks, block_size, num_kv_heads, head_dim] */
@@ -39,9 +41,9 @@ int32_t *decoder_block_tables(Decoder *decoder);
 void decoder_attend(Decoder *decoder, const Layer *layer);
 
 /* h += FFN(norm2(h)) for the given rows. similarities: NULL, or [num_rows]: the cosine of h before
- * and after, for those rows. */
+ * and after, for those rows. neurons: NULL, or what those rows leave out; its norms are the layer's. */
 void decoder_feed_forward(Decoder *decoder, const Layer *layer, const int *rows, int num_rows,
-                          float *similarities);
+                          float *similarities, Neurons *neurons);
 
 /* logits [num_rows, head->num_outputs] = head(norm(h)) of the given rows. */
 void decoder_head(Decoder *decoder, const float *norm, const Linear *head, const int *rows,

@@ -8,6 +8,10 @@
  * the segments of a group, then the groups. To keep the sums of all segments until the end would
  * cost as much memory traffic as many a weight; so whoever has computed the next segment of a group
  * adds it to the group's sum, which is still in his cache, and only what comes out of turn is kept.
+ *
+ * Where rows leave neurons out, the first loop is two: the gates of all neurons, then up of those
+ * that some row wants; and the others go through lists of them. What a row leaves out is 0 in act,
+ * and a 0 is not multiplied: so a row's sums are those of its own neurons, whatever others want.
  */
 #include "feed_forward.h"
 
@@ -31,6 +35,13 @@ struct FeedForward {
     int32_t *sums;                  /* [num_segments, num_rows, hidden], float or int32_t */
     int32_t *own;                   /* [num_threads, num_rows, hidden]: of the segment at hand */
     _Atomic int64_t *num_added;     /* [groups]: segments in the group's sum, its first segment's */
+    /* For neurons left out, [inner] each: */
+    int32_t *wanted;   /* -1 where some row wants it */
+    int32_t *listed;   /* the ascending list of those that are wanted */
+    int32_t *gone;     /* -1 where the rows that choose together are without it */
+    float *together;   /* sum over these rows of the squared score */
+    uint32_t *keys;
+    int32_t *segment_starts; /* [num_segments + 1], in the list */
 };
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -56,8 +67,16 @@ FeedForward *feed_forward_new(int64_t hidden, int64_t inner, int64_t max_rows, i
     ffn->own = calloc((size_t)(num_threads * size), sizeof(int32_t));
     ffn->num_added =
         calloc((size_t)parts_of(ffn->num_segments, ffn->group), sizeof(*ffn->num_added));
+    ffn->wanted = calloc((size_t)inner, sizeof(int32_t));
+    ffn->listed = calloc((size_t)inner, sizeof(int32_t));
+    ffn->gone = calloc((size_t)inner, sizeof(int32_t));
+    ffn->together = calloc((size_t)inner, sizeof(float));
+    ffn->keys = calloc((size_t)inner, sizeof(uint32_t));
+    ffn->segment_starts = calloc((size_t)(ffn->num_segments + 1), sizeof(int32_t));
     if (ffn->act != NULL && ffn->up != NULL && ffn->sums != NULL && ffn->own != NULL &&
-        ffn->num_added != NULL) {
+        ffn->num_added != NULL && ffn->wanted != NULL && ffn->listed != NULL &&
+        ffn->gone != NULL && ffn->together != NULL && ffn->keys != NULL &&
+        ffn->segment_starts != NULL) {
         return ffn;
     }
     feed_forward_free(ffn);
@@ -70,6 +89,12 @@ void feed_forward_free(FeedForward *ffn) {
     free(ffn->sums);
     free(ffn->own);
     free((void *)ffn->num_added);
+    free(ffn->wanted);
+    free(ffn->listed);
+    free(ffn->gone);
+    free(ffn->together);
+    free(ffn->keys);
+    free(ffn->segment_starts);
     free(ffn);
 }
 
@@ -79,6 +104,8 @@ typedef struct {
     const Linear *gate_up, *down;
     Input input;
     int64_t outputs_per_item;
+    Neurons *neurons; /* NULL: the rows want them all */
+    Some some;        /* the neurons that are wanted */
     float *h;
     const int *rows;
     float *similarities;
@@ -116,8 +143,12 @@ static void down_item(void *context, int64_t segment, int thread) {
     int64_t first = segment * ffn->segment, size = task->input.num_rows * ffn->hidden;
     int64_t group = segment / ffn->group, head = group * ffn->group;
     int32_t *kept = ffn->sums + segment * size, *own = ffn->own + thread * ffn->max_rows * ffn->hidden;
-    task->workers->simd->linear_part(task->down, &task->input, first,
-                                     smaller(first + ffn->segment, ffn->inner),
+    int64_t end = smaller(first + ffn->segment, ffn->inner);
+    if (task->neurons != NULL) {
+        first = ffn->segment_starts[segment];
+        end = ffn->segment_starts[segment + 1];
+    }
+    task->workers->simd->linear_part(task->down, &task->input, &task->some, first, end,
                                      segment == head ? kept : own);
     if (segment == head) {
         atomic_store_explicit(&ffn->num_added[group], 1, memory_order_release);
@@ -171,15 +202,156 @@ static void row_item(void *context, int64_t row, int thread) {
     memcpy(h, after, (size_t)hidden * sizeof(float));
 }
 
+/* With neurons left out ------------------------------------------------------------------------*/
+
+static bool has_rule(const Neurons *neurons, int row) {
+    return neurons->thresholds[row][0] > 0 || neurons->thresholds[row][1] > 0;
+}
+
+/* A row's value of a neuron, scored before up (stage 0) or before down (1), for a choice that the
+ * rows make together. Returns whether the row itself would leave it out. */
+static bool score(const Task *task, int row, int stage, int64_t neuron, float value) {
+    float found = fabsf(value) * task->neurons->norms[neuron];
+    task->ffn->together[neuron] += found * found;
+    return found < task->neurons->thresholds[row][stage];
+}
+
+static void gate_item(void *context, int64_t item, int thread) {
+    (void)thread;
+    Task *task = context;
+    FeedForward *ffn = task->ffn;
+    Neurons *neurons = task->neurons;
+    const Simd *simd = task->workers->simd;
+    int64_t first = item * task->outputs_per_item;
+    int64_t n = smaller(task->outputs_per_item, ffn->inner - first);
+    int32_t *wanted = ffn->wanted + first;
+    memset(wanted, 0, (size_t)n * sizeof(int32_t));
+    memset(ffn->together + first, 0, (size_t)n * sizeof(float));
+    simd->linear(task->gate_up, &task->input, first, first + n, ffn->act + first, ffn->inner);
+    for (int row = 0; row < task->input.num_rows; row++) {
+        float *act = ffn->act + row * ffn->inner + first;
+        int64_t num_below = 0;
+        simd->silu(act, n);
+        if (neurons->is_joint && has_rule(neurons, row)) {
+            for (int64_t i = 0; i < n; i++) num_below += score(task, row, 0, first + i, act[i]);
+        } else {
+            float threshold = neurons->thresholds[row][0];
+            num_below = simd->leave_out(act, neurons->norms + first, threshold, wanted, n);
+        }
+        atomic_fetch_add(&neurons->left_out[0][row], num_below);
+    }
+}
+
+/* silu(gate) * up of the neurons that are wanted, where the row has not left them out. */
+static void up_item(void *context, int64_t item, int thread) {
+    Task *task = context;
+    FeedForward *ffn = task->ffn;
+    Neurons *neurons = task->neurons;
+    int64_t first = item * task->outputs_per_item, stride = ffn->item_outputs_max;
+    int64_t n = smaller(task->outputs_per_item, task->some.num - first);
+    float *up = ffn->up + thread * ffn->max_rows * stride;
+    const int32_t *ids = task->some.ids + first;
+    Some outputs = task->some;
+    outputs.offset = ffn->inner;
+    task->workers->simd->linear_some(task->gate_up, &task->input, &outputs, first, first + n, up,
+                                     stride);
+    for (int row = 0; row < task->input.num_rows; row++) {
+        bool is_joint = neurons->is_joint && has_rule(neurons, row);
+        const float *thresholds = neurons->thresholds[row];
+        float *act = ffn->act + row * ffn->inner;
+        int64_t num_below = 0;
+        for (int64_t i = 0; i < n; i++) {
+            int32_t id = ids[i];
+            /* What is 0 was below the first threshold, if there is one. */
+            bool is_out = is_joint ? ffn->gone[id] != 0 : thresholds[0] > 0 && act[id] == 0;
+            if (is_out) continue;
+            float value = act[id] * up[row * stride + i];
+            if (is_joint) {
+                num_below += score(task, row, 1, id, value);
+            } else {
+                bool is_below = fabsf(value) * neurons->norms[id] < thresholds[1];
+                if (is_below) value = 0;
+                else ffn->wanted[id] = -1;
+                num_below += is_below;
+            }
+            act[id] = value;
+        }
+        atomic_fetch_add(&neurons->left_out[1][row], num_below);
+    }
+}
+
+/* What the rows with a threshold leave out together before up (stage 0) or before down (1). */
+static void leave_out_together(Task *task, int stage) {
+    FeedForward *ffn = task->ffn;
+    Neurons *neurons = task->neurons;
+    int num_choosing = 0;
+    int64_t total = 0; /* what they would leave out by themselves */
+    for (int row = 0; row < task->input.num_rows; row++) {
+        if (!has_rule(neurons, row)) continue;
+        num_choosing++;
+        total += neurons->left_out[stage][row];
+    }
+    int64_t num_left_out = choose_together(ffn->together, ffn->gone, ffn->inner, total,
+                                           num_choosing, ffn->keys);
+    for (int64_t i = 0; i < ffn->inner; i++) ffn->wanted[i] |= ~ffn->gone[i];
+    for (int row = 0; row < task->input.num_rows; row++) {
+        if (!has_rule(neurons, row)) continue;
+        int32_t *act = (int32_t *)(ffn->act + row * ffn->inner);
+        for (int64_t i = 0; i < ffn->inner; i++) act[i] &= ~ffn->gone[i];
+        neurons->left_out[stage][row] = num_left_out;
+    }
+}
+
+/* Lists what is wanted. */
+static void list_wanted(Task *task, int stage) {
+    FeedForward *ffn = task->ffn;
+    int64_t num = 0;
+    for (int64_t segment = 0; segment < ffn->num_segments; segment++) {
+        int64_t first = segment * ffn->segment, end = smaller(first + ffn->segment, ffn->inner);
+        ffn->segment_starts[segment] = (int32_t)num;
+        for (int64_t i = first; i < end; i++) {
+            ffn->listed[num] = (int32_t)i;
+            num += ffn->wanted[i] != 0;
+        }
+    }
+    ffn->segment_starts[ffn->num_segments] = (int32_t)num;
+    task->some = (Some){ffn->listed, num, 0};
+    task->neurons->unread[stage] = ffn->inner - num;
+}
+
+static void gate_up_wanted(Task *task) {
+    FeedForward *ffn = task->ffn;
+    Pool *pool = task->workers->pool;
+    int64_t bytes = ffn->hidden * weight_bytes(task->gate_up);
+    task->outputs_per_item = outputs_per_item(pool, ffn->inner, bytes);
+    memset(ffn->gone, 0, (size_t)ffn->inner * sizeof(int32_t));
+    pool_run(pool, gate_item, task, parts_of(ffn->inner, task->outputs_per_item));
+    if (task->neurons->is_joint) leave_out_together(task, 0);
+    list_wanted(task, 0);
+    task->outputs_per_item = outputs_per_item(pool, task->some.num, bytes);
+    memset(ffn->wanted, 0, (size_t)ffn->inner * sizeof(int32_t));
+    memset(ffn->together, 0, (size_t)ffn->inner * sizeof(float));
+    pool_run(pool, up_item, task, parts_of(task->some.num, task->outputs_per_item));
+    if (task->neurons->is_joint) leave_out_together(task, 1);
+    list_wanted(task, 1);
+}
+
+/* The whole -------------------------------------------------------------------------------------*/
+
 void feed_forward_run(FeedForward *ffn, const Workers *workers, const Linear *gate_up,
                       const Linear *down, const float *x, int num_rows, float *h, const int *rows,
-                      float *similarities) {
+                      float *similarities, Neurons *neurons) {
     Task task = {.ffn = ffn, .workers = workers, .gate_up = gate_up, .down = down, .h = h,
-                 .rows = rows, .similarities = similarities};
+                 .rows = rows, .similarities = similarities, .neurons = neurons};
     task.input = input_of(workers, gate_up, x, num_rows);
-    task.outputs_per_item = outputs_per_item(workers->pool, ffn->inner,
-                                             2 * ffn->hidden * weight_bytes(gate_up));
-    pool_run(workers->pool, gate_up_item, &task, parts_of(ffn->inner, task.outputs_per_item));
+    if (neurons != NULL) {
+        gate_up_wanted(&task);
+    } else {
+        task.outputs_per_item = outputs_per_item(workers->pool, ffn->inner,
+                                                 2 * ffn->hidden * weight_bytes(gate_up));
+        task.some = (Some){NULL, ffn->inner, 0};
+        pool_run(workers->pool, gate_up_item, &task, parts_of(ffn->inner, task.outputs_per_item));
+    }
     task.input = input_of(workers, down, ffn->act, num_rows);
     for (int64_t group = 0; group * ffn->group < ffn->num_segments; group++) ffn->num_added[group] = 0;
     pool_run(workers->pool, down_item, &task, ffn->num_segments);

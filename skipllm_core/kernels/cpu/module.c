@@ -18,6 +18,8 @@ typedef struct {
     int64_t *token_ids, *positions;
     int *rows;
     float *similarities;
+    float (*thresholds)[2];
+    _Atomic int64_t *left_out; /* [2, max_rows] */
 } DecoderObject;
 
 typedef unsigned long long Address;
@@ -48,6 +50,8 @@ static void decoder_dealloc(DecoderObject *self) {
     PyMem_Free(self->positions);
     PyMem_Free(self->rows);
     PyMem_Free(self->similarities);
+    PyMem_Free(self->thresholds);
+    PyMem_Free((void *)self->left_out);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -78,10 +82,13 @@ static int decoder_init(DecoderObject *self, PyObject *args, PyObject *kwargs) {
     self->positions = PyMem_Calloc((size_t)max_rows, sizeof(int64_t));
     self->rows = PyMem_Calloc((size_t)max_rows, sizeof(int));
     self->similarities = PyMem_Calloc((size_t)max_rows, sizeof(float));
+    self->thresholds = PyMem_Calloc((size_t)max_rows, sizeof(*self->thresholds));
+    self->left_out = PyMem_Calloc((size_t)(2 * max_rows), sizeof(*self->left_out));
     self->num_layers = num_layers;
     self->decoder = decoder_new(shape, cos, sin, num_threads);
     if (self->decoder == NULL || self->layers == NULL || self->token_ids == NULL ||
-        self->positions == NULL || self->rows == NULL || self->similarities == NULL) {
+        self->positions == NULL || self->rows == NULL || self->similarities == NULL ||
+        self->thresholds == NULL || self->left_out == NULL) {
         PyErr_NoMemory();
         return -1;
     }
@@ -90,15 +97,16 @@ static int decoder_init(DecoderObject *self, PyObject *args, PyObject *kwargs) {
 
 static PyObject *set_layer(DecoderObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"layer", "norm1", "norm2", "qk_norm", "qkv", "o", "gate_up", "down",
-                            "keys", "values", "window", NULL};
+                            "down_norms", "keys", "values", "window", NULL};
     Layer layer;
     int index;
     long long window;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$iO&O&O&O&O&O&O&O&O&L", names, &index, to_address,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$iO&O&O&O&O&O&O&O&O&O&L", names, &index, to_address,
                                      &layer.norm1, to_address, &layer.norm2, to_address,
                                      &layer.qk_norm, to_linear, &layer.qkv, to_linear, &layer.o,
                                      to_linear, &layer.gate_up, to_linear, &layer.down, to_address,
-                                     &layer.keys, to_address, &layer.values, &window)) {
+                                     &layer.down_norms, to_address, &layer.keys, to_address,
+                                     &layer.values, &window)) {
         return NULL;
     }
     layer.window = window;
@@ -195,7 +203,7 @@ static int take_rows(DecoderObject *self, PyObject *rows) {
 
 /* The FFN for `rows`; returns their number, -1: error. */
 static int run_feed_forward(DecoderObject *self, PyObject *const *args, Py_ssize_t num_args,
-                            float *similarities) {
+                            float *similarities, Neurons *neurons) {
     if (num_args != 2) {
         PyErr_SetString(PyExc_TypeError, "feed_forward takes a layer and rows");
         return -1;
@@ -204,22 +212,19 @@ static int run_feed_forward(DecoderObject *self, PyObject *const *args, Py_ssize
     int num_rows = layer == NULL ? -1 : take_rows(self, args[1]);
     if (num_rows < 0) return -1;
     Py_BEGIN_ALLOW_THREADS
-    decoder_feed_forward(self->decoder, layer, self->rows, num_rows, similarities);
+    decoder_feed_forward(self->decoder, layer, self->rows, num_rows, similarities, neurons);
     Py_END_ALLOW_THREADS
     return num_rows;
 }
 
 /* feed_forward(layer, rows) */
 static PyObject *feed_forward(DecoderObject *self, PyObject *const *args, Py_ssize_t num_args) {
-    if (run_feed_forward(self, args, num_args, NULL) < 0) return NULL;
+    if (run_feed_forward(self, args, num_args, NULL, NULL) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
-/* feed_forward_watched(layer, rows): the similarities of all rows of the step, as a list. */
-static PyObject *feed_forward_watched(DecoderObject *self, PyObject *const *args,
-                                      Py_ssize_t num_args) {
-    int num_run = run_feed_forward(self, args, num_args, self->similarities);
-    if (num_run < 0) return NULL;
+/* The similarities of all rows of the step, of which num_run ran. */
+static PyObject *similarities_of_all(DecoderObject *self, int num_run) {
     PyObject *result = PyList_New(self->num_rows);
     if (result == NULL) return NULL;
     for (int row = 0, i = 0; row < self->num_rows; row++) {
@@ -232,6 +237,72 @@ static PyObject *feed_forward_watched(DecoderObject *self, PyObject *const *args
         PyList_SET_ITEM(result, row, similarity);
     }
     return result;
+}
+
+/* feed_forward_watched(layer, rows): the similarities of all rows of the step, as a list. */
+static PyObject *feed_forward_watched(DecoderObject *self, PyObject *const *args,
+                                      Py_ssize_t num_args) {
+    int num_run = run_feed_forward(self, args, num_args, self->similarities, NULL);
+    return num_run < 0 ? NULL : similarities_of_all(self, num_run);
+}
+
+/* Fills self->thresholds with those of the rows in self->rows; -1: error. */
+static int take_thresholds(DecoderObject *self, PyObject *thresholds, int num_rows) {
+    if (!PyList_Check(thresholds) || PyList_GET_SIZE(thresholds) != self->num_rows) {
+        PyErr_SetString(PyExc_TypeError, "thresholds are a list, of all rows");
+        return -1;
+    }
+    for (int i = 0; i < num_rows; i++) {
+        float *pair = self->thresholds[i];
+        PyObject *of_row = PyList_GET_ITEM(thresholds, self->rows[i]);
+        if (!PyTuple_Check(of_row)) {
+            PyErr_SetString(PyExc_TypeError, "a row's thresholds are a pair");
+            return -1;
+        }
+        if (!PyArg_ParseTuple(of_row, "ff", &pair[0], &pair[1])) return -1;
+    }
+    return 0;
+}
+
+/* What the rows that ran left out, by row of the step. */
+static PyObject *left_out_by_row(DecoderObject *self, const _Atomic int64_t *counts, int num_run) {
+    PyObject *result = PyList_New(self->num_rows);
+    if (result == NULL) return NULL;
+    for (int row = 0, i = 0; row < self->num_rows; row++) {
+        int ran = i < num_run && self->rows[i] == row;
+        PyObject *count = PyLong_FromLongLong(ran ? (long long)counts[i++] : 0);
+        if (count == NULL) {
+            Py_DECREF(result);
+            return NULL;
+        }
+        PyList_SET_ITEM(result, row, count);
+    }
+    return result;
+}
+
+/* feed_forward_neurons(layer, rows, thresholds, is_joint, is_watched): (before_up, before_down,
+ * unread_up, unread_down, similarities or None) */
+static PyObject *feed_forward_neurons(DecoderObject *self, PyObject *const *args,
+                                      Py_ssize_t num_args) {
+    if (num_args != 5) {
+        PyErr_SetString(PyExc_TypeError, "feed_forward_neurons takes five arguments");
+        return NULL;
+    }
+    int num_rows = take_rows(self, args[1]);
+    if (num_rows < 0 || take_thresholds(self, args[2], num_rows) < 0) return NULL;
+    int is_joint = PyObject_IsTrue(args[3]), is_watched = PyObject_IsTrue(args[4]);
+    if (is_joint < 0 || is_watched < 0) return NULL;
+    _Atomic int64_t *before_up = self->left_out, *before_down = before_up + self->shape.max_rows;
+    for (int i = 0; i < num_rows; i++) before_up[i] = before_down[i] = 0;
+    Neurons neurons = {.thresholds = (const float (*)[2])self->thresholds, .is_joint = is_joint,
+                       .left_out = {before_up, before_down}};
+    float *similarities = is_watched ? self->similarities : NULL;
+    int num_run = run_feed_forward(self, args, 2, similarities, &neurons);
+    if (num_run < 0) return NULL;
+    PyObject *seen = is_watched ? similarities_of_all(self, num_run) : Py_NewRef(Py_None);
+    return Py_BuildValue("NNLLN", left_out_by_row(self, before_up, num_run),
+                         left_out_by_row(self, before_down, num_run),
+                         (long long)neurons.unread[0], (long long)neurons.unread[1], seen);
 }
 
 /* head(rows, logits): the address of [number of rows, vocabulary] floats to write. */
@@ -262,6 +333,7 @@ static PyMethodDef methods[] = {
     {"attend", METHOD(attend), METH_O, NULL},
     {"feed_forward", METHOD(feed_forward), METH_FASTCALL, NULL},
     {"feed_forward_watched", METHOD(feed_forward_watched), METH_FASTCALL, NULL},
+    {"feed_forward_neurons", METHOD(feed_forward_neurons), METH_FASTCALL, NULL},
     {"head", METHOD(head), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

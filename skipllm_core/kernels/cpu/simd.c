@@ -10,6 +10,7 @@
 #define PART_OUTPUTS 640 /* whose weights and sums of some rows stay in the first cache */
 #define CACHED_INPUT_BYTES 20000 /* of a tile's rows, which leave room in the first cache */
 #define FETCH_AHEAD 16384        /* bytes of the stream of weights */
+#define SOME_AHEAD 8192          /* of outputs here and there */
 #define KEYS_AHEAD 16            /* positions */
 /* Into the second cache, where the processor finds them in time; the first one has the inputs. */
 #define FETCH(p) __builtin_prefetch(p, 0, 2)
@@ -17,6 +18,12 @@
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int smaller_of(int a, int b) { return a < b ? a : b; }
+
+/* Entry i, the last one beyond the end. */
+INLINE int64_t some_id(const Some *some, int64_t i) {
+    if (i >= some->num) i = some->num - 1;
+    return some->ids == NULL ? i : some->ids[i];
+}
 
 /* Positions t and t + 1 are about to be scored: fetches keys that are scored later, and the values,
  * which are mixed when all scores are known. A KV head's part of the cache is a run too short for

@@ -23,6 +23,13 @@ typedef struct {
     int num_rows;
 } Input;
 
+/* Inputs or outputs of a linear: those listed, ascending, or where ids is NULL all. */
+typedef struct {
+    const int32_t *ids;
+    int64_t num;
+    int64_t offset; /* of the first output meant, in a linear of several matrices */
+} Some;
+
 #define MAX_POSITIONS 256 /* of one AttentionPart */
 
 /* A row's part of attention: the query heads of one KV head over positions [first, end). */
@@ -47,14 +54,21 @@ typedef struct {
      * depend on its batch mates, bit for bit. */
     void (*linear)(const Linear *linear, const Input *input, int64_t first, int64_t end, float *out,
                    int64_t out_stride);
+    /* The same for some outputs: entries [first, end) of the list. */
+    void (*linear_some)(const Linear *linear, const Input *input, const Some *outputs, int64_t first,
+                        int64_t end, float *out, int64_t out_stride);
     /* Of a linear that lies input by input: out [num_rows, num_outputs] = the sums, in the order of
-     * the inputs, over inputs in [first, end), without scales and bias. They are floats or, for int8
-     * weights and at most INT8_SUM_MAX inputs, int32_t. A weight is read only where its input is not
-     * 0 in some row. Bits as above. */
-    void (*linear_part)(const Linear *linear, const Input *input, int64_t first, int64_t end,
-                        void *out);
+     * the inputs, over entries [first, end) of the inputs, without scales and bias. They are floats
+     * or, for int8 weights and at most INT8_SUM_MAX inputs, int32_t. An input that is 0 is not
+     * multiplied, and an input that is not listed counts as 0. Bits as above. */
+    void (*linear_part)(const Linear *linear, const Input *input, const Some *inputs, int64_t first,
+                        int64_t end, void *out);
+    /* Makes x[i] 0 where |x[i]| * norms[i] < threshold, and returns how many; wanted[i] |= -1 where
+     * it is not. */
+    int64_t (*leave_out)(float *x, const float *norms, float threshold, int32_t *wanted, int64_t n);
     void (*attend)(const AttentionPart *part);
-    /* gate[i] = silu(gate[i]) * up[i] */
+    /* gate[i] = silu(gate[i]), and that * up[i] */
+    void (*silu)(float *gate, int64_t n);
     void (*silu_mul)(float *gate, const float *up, int64_t n);
     float (*dot)(const float *a, const float *b, int64_t n);
     /* x[n] as scale * integers of at most QUANTIZED_MAX; returns the scale, NaN where x has an

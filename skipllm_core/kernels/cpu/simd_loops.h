@@ -164,7 +164,7 @@ INLINE void NAMED(one_output)(const Linear *linear, const Input *input, int row,
     case 4: NAMED(tile)(linear, input, row, 4, output, 1, ahead, out, out_stride); break;
     case 3: NAMED(tile)(linear, input, row, 3, output, 1, ahead, out, out_stride); break;
     case 2: NAMED(tile)(linear, input, row, 2, output, 1, ahead, out, out_stride); break;
-    case 1: NAMED(tile)(linear, input, row, 1, output, 1, 0, out, out_stride); break;
+    case 1: NAMED(tile)(linear, input, row, 1, output, 1, ahead, out, out_stride); break;
     }
 }
 
@@ -190,7 +190,8 @@ static void NAMED(linear)(const Linear *linear, const Input *input, int64_t firs
     int group = is_wide ? 4 : MAX_TILE_ROWS;
     for (int row = 0; row < input->num_rows; row += group) {
         int num_rows = smaller_of(input->num_rows - row, group);
-        int64_t ahead = row == 0 ? FETCH_AHEAD : 0, output = first;
+        /* A single row's stream is fetched best by the processor alone. */
+        int64_t ahead = row == 0 && num_rows > 1 ? FETCH_AHEAD : 0, output = first;
         for (; is_wide && output + 3 <= end; output += 3)
             NAMED(three_outputs)(linear, input, row, num_rows, output, ahead,
                                  out + (output - first), out_stride);
@@ -198,6 +199,45 @@ static void NAMED(linear)(const Linear *linear, const Input *input, int64_t firs
             NAMED(one_output)(linear, input, row, num_rows, output, ahead, out + (output - first),
                               out_stride);
     }
+}
+
+/* Outputs here and there: what comes next is fetched, as the processor cannot know it. */
+static void NAMED(linear_some)(const Linear *linear, const Input *input, const Some *some, int64_t first,
+                               int64_t end, float *out, int64_t out_stride) {
+    int64_t row_bytes = linear->num_inputs * (linear->scale == NULL ? 4 : 1);
+    int64_t rows_ahead = SOME_AHEAD / row_bytes > 3 ? SOME_AHEAD / row_bytes : 3;
+    for (int row = 0; row < input->num_rows; row += MAX_TILE_ROWS) {
+        int num_rows = smaller_of(input->num_rows - row, MAX_TILE_ROWS);
+        for (int64_t i = first; i < end; i++) {
+            int64_t later = i + rows_ahead < some->num ? i + rows_ahead : some->num - 1;
+            int64_t ahead = row == 0 ? (some->ids[later] - some->ids[i]) * row_bytes : 0;
+            NAMED(one_output)(linear, input, row, num_rows, some->offset + some->ids[i], ahead,
+                              out + (i - first), out_stride);
+        }
+    }
+}
+
+/* |x| * norm below the threshold: x becomes 0, which is counted; of the others `wanted` is set. */
+static int64_t NAMED(leave_out)(float *x, const float *norms, float threshold, int32_t *wanted,
+                                int64_t n) {
+    IVEC counts = {0};
+    int64_t i = 0, count = 0;
+    for (; i + LANES <= n; i += LANES) {
+        VEC value = LOAD(x + i);
+        VEC score = (VEC)((IVEC)value & 0x7fffffff) * LOAD(norms + i);
+        IVEC is_below = score < threshold;
+        STORE(x + i, (VEC)((IVEC)value & ~is_below));
+        STORE(wanted + i, (VEC)((IVEC)LOAD(wanted + i) | ~is_below));
+        counts -= is_below;
+    }
+    for (int lane = 0; lane < LANES; lane++) count += counts[lane];
+    for (; i < n; i++) {
+        int is_below = fabsf(x[i]) * norms[i] < threshold;
+        if (is_below) x[i] = 0;
+        wanted[i] |= -!is_below;
+        count += is_below;
+    }
+    return count;
 }
 
 /* sums[n] += x[0] * w[0] + .. + x[K - 1] * w[K - 1], one after the other. Fetches `next`, which are
@@ -241,21 +281,23 @@ INLINE void NAMED(add_block)(float *sums, const float *x, const float *const *w,
     }
 }
 
-static void NAMED(part_float)(const Linear *linear, const Input *input, int row, int num_rows,
-                              int64_t first, int64_t end, int64_t output, int64_t num_outputs,
-                              float *out) {
+static void NAMED(part_float)(const Linear *linear, const Input *input, const Some *some, int row,
+                              int num_rows, int64_t first, int64_t end, int64_t output,
+                              int64_t num_outputs, float *out) {
     int64_t n = linear->num_outputs;
-    const float *weight = linear->weight;
+    const float *weight = (const float *)linear->weight + output;
     for (int64_t i = first; i < end; i += PART_INPUTS) {
         int num_inputs = end - i < PART_INPUTS ? (int)(end - i) : PART_INPUTS;
         const float *w[PART_INPUTS], *next[PART_INPUTS];
+        int64_t ids[PART_INPUTS];
         for (int k = 0; k < PART_INPUTS; k++) {
-            int64_t later = i + PART_INPUTS + k;
-            w[k] = weight + (i + k) * n + output;
-            next[k] = weight + (later < linear->num_inputs ? later : linear->num_inputs - 1) * n + output;
+            ids[k] = some_id(some, i + k);
+            w[k] = weight + ids[k] * n;
+            next[k] = weight + some_id(some, i + PART_INPUTS + k) * n;
         }
         for (int r = row; r < row + num_rows; r++) {
-            const float *x = input->values + r * input->row_stride + i;
+            float x[PART_INPUTS];
+            for (int k = 0; k < num_inputs; k++) x[k] = input->values[r * input->row_stride + ids[k]];
             if (r == 0) NAMED(add_block)(out + r * n + output, x, w, num_inputs, num_outputs, next);
             else NAMED(add_block)(out + r * n + output, x, w, num_inputs, num_outputs, NULL);
         }
@@ -263,14 +305,14 @@ static void NAMED(part_float)(const Linear *linear, const Input *input, int row,
 }
 
 /* Rows a and b of weights, value by value beside each other. */
-INLINE void NAMED(pair_up)(const int8_t *a, const int8_t *b, int64_t n, int64_t ahead,
-                           int16_t *pairs) {
+INLINE void NAMED(pair_up)(const int8_t *a, const int8_t *b, int64_t n, const int8_t *next_a,
+                           const int8_t *next_b, int16_t *pairs) {
     int64_t i = 0;
 #if INT8_SUM
     for (; i + 16 <= n; i += 16) {
         if (i % 64 == 0) {
-            FETCH(a + i + ahead);
-            FETCH(b + i + ahead);
+            FETCH(next_a + i);
+            FETCH(next_b + i);
         }
 #if INT8_SUM == 512
         __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(a + i)));
@@ -286,7 +328,8 @@ INLINE void NAMED(pair_up)(const int8_t *a, const int8_t *b, int64_t n, int64_t 
 #endif
     }
 #else
-    (void)ahead;
+    (void)next_a;
+    (void)next_b;
 #endif
     for (; i < n; i++) {
         pairs[2 * i] = a[i];
@@ -317,25 +360,29 @@ INLINE void NAMED(add_pairs)(int32_t *sums, const int16_t *const *x, const int16
             sums[i] += pairs[k][2 * i] * x[k][0] + pairs[k][2 * i + 1] * x[k][1];
 }
 
-static void NAMED(part_int8)(const Linear *linear, const Input *input, int row, int num_rows,
-                             int64_t first, int64_t end, int64_t output, int64_t num_outputs,
-                             int32_t *out) {
+static void NAMED(part_int8)(const Linear *linear, const Input *input, const Some *some, int row,
+                             int num_rows, int64_t first, int64_t end, int64_t output,
+                             int64_t num_outputs, int32_t *out) {
     enum { PAIRS = PART_INPUTS / 2 };
     int64_t n = linear->num_outputs;
+    const int8_t *weight = (const int8_t *)linear->weight + output;
     int16_t paired[PAIRS][2 * PART_OUTPUTS] __attribute__((aligned(64)));
     for (int64_t i = first; i < end; i += PART_INPUTS) {
         int16_t x[MAX_TILE_ROWS][PART_INPUTS] = {0};
         int is_used[PAIRS] = {0};
-        int64_t num_inputs = end - i < PART_INPUTS ? end - i : PART_INPUTS;
+        int num_inputs = end - i < PART_INPUTS ? (int)(end - i) : PART_INPUTS;
+        int64_t ids[2 * PART_INPUTS];
+        for (int k = 0; k < 2 * PART_INPUTS; k++) ids[k] = some_id(some, i + k);
         for (int r = 0; r < num_rows; r++) {
-            memcpy(x[r], input->quantized + (row + r) * input->row_stride + i,
-                   (size_t)num_inputs * sizeof(int16_t));
+            const int16_t *from = input->quantized + (row + r) * input->row_stride;
+            for (int k = 0; k < num_inputs; k++) x[r][k] = from[ids[k]];
             for (int p = 0; p < PAIRS; p++) is_used[p] |= x[r][2 * p] | x[r][2 * p + 1];
         }
         for (int p = 0; p < PAIRS; p++) {
             if (!is_used[p]) continue;
-            const int8_t *a = (const int8_t *)linear->weight + (i + 2 * p) * n + output;
-            NAMED(pair_up)(a, i + 2 * p + 1 < end ? a + n : a, num_outputs, PART_INPUTS * n, paired[p]);
+            const int64_t *of = ids + 2 * p, *then = of + PART_INPUTS;
+            NAMED(pair_up)(weight + of[0] * n, weight + of[1] * n, num_outputs, weight + then[0] * n,
+                           weight + then[1] * n, paired[p]);
         }
         for (int r = 0; r < num_rows; r++) {
             int32_t *sums = out + (row + r) * n + output;
@@ -357,8 +404,8 @@ static void NAMED(part_int8)(const Linear *linear, const Input *input, int row, 
 }
 
 /* Rows in groups and outputs in blocks, whose sums stay in the first cache. */
-static void NAMED(linear_part)(const Linear *linear, const Input *input, int64_t first, int64_t end,
-                               void *out) {
+static void NAMED(linear_part)(const Linear *linear, const Input *input, const Some *some,
+                               int64_t first, int64_t end, void *out) {
     int64_t n = linear->num_outputs, num_blocks = (n + PART_OUTPUTS - 1) / PART_OUTPUTS;
     int64_t block = ((n + num_blocks - 1) / num_blocks + 15) / 16 * 16;
     memset(out, 0, (size_t)(input->num_rows * n) * sizeof(int32_t));
@@ -367,8 +414,9 @@ static void NAMED(linear_part)(const Linear *linear, const Input *input, int64_t
         for (int64_t output = 0; output < n; output += block) {
             int64_t size = n - output < block ? n - output : block;
             if (linear->scale == NULL)
-                NAMED(part_float)(linear, input, row, num_rows, first, end, output, size, out);
-            else NAMED(part_int8)(linear, input, row, num_rows, first, end, output, size, out);
+                NAMED(part_float)(linear, input, some, row, num_rows, first, end, output, size, out);
+            else
+                NAMED(part_int8)(linear, input, some, row, num_rows, first, end, output, size, out);
         }
     }
 }
@@ -399,6 +447,19 @@ INLINE VEC NAMED(swiglu)(VEC gate, VEC up) {
     IVEC is_high = minus > high;
     minus = (VEC)(((IVEC)minus & ~is_high) | ((IVEC)high & is_high));
     return gate / (1.0f + NAMED(exp)(minus)) * up;
+}
+
+/* With up = 1: the same bits times up are those of silu_mul. */
+static void NAMED(silu)(float *gate, int64_t n) {
+    int64_t i = 0;
+    VEC one = (VEC){0} + 1.0f;
+    for (; i + LANES <= n; i += LANES) STORE(gate + i, NAMED(swiglu)(LOAD(gate + i), one));
+    if (i < n) {
+        float gates[LANES] = {0};
+        memcpy(gates, gate + i, (size_t)(n - i) * sizeof(float));
+        STORE(gates, NAMED(swiglu)(LOAD(gates), one));
+        memcpy(gate + i, gates, (size_t)(n - i) * sizeof(float));
+    }
 }
 
 static void NAMED(silu_mul)(float *gate, const float *up, int64_t n) {
@@ -561,7 +622,10 @@ static float NAMED(quantize)(const float *x, int64_t n, int16_t *quantized) {
 static const Simd NAMED(simd) = {
     .name = SIMD_NAME,
     .linear = NAMED(linear),
+    .linear_some = NAMED(linear_some),
     .linear_part = NAMED(linear_part),
+    .leave_out = NAMED(leave_out),
+    .silu = NAMED(silu),
     .attend = NAMED(attend),
     .silu_mul = NAMED(silu_mul),
     .dot = NAMED(dot),
