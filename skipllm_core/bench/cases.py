@@ -9,7 +9,7 @@ from typing import Literal
 from skipllm_core.errors import ConfigError
 from skipllm_core.types import SkipParams
 
-BenchPolicy = Literal["never", "ffn_skip", "forced", "mixed"]
+BenchPolicy = Literal["never", "ffn_skip", "neurons", "forced", "mixed"]
 
 UNREACHABLE = 1.01  # a similarity that no token has
 DEFAULT_FORCED_RATIOS = (0.1, 0.25, 0.4)
@@ -22,6 +22,7 @@ class Case:
 
     never           every FFN block
     ffn_skip        the adaptive gate under `skip`
+    neurons         the neurons that `skip` leaves out
     forced, mixed   row r skips `forced_skips[r]` FFN blocks: all rows as many, or not
     """
 
@@ -29,7 +30,7 @@ class Case:
     policy: BenchPolicy = "never"
     engine: Literal["skipllm", "transformers"] = "skipllm"
     skip: SkipParams = NEVER
-    skip_ratio: float | None = None  # ffn_skip: what was asked for; None: that nothing be skipped
+    skip_ratio: float | None = None  # that `skip` was asked for; None: that nothing be skipped
     forced_skips: tuple[int, ...] = ()
 
     @property
@@ -41,7 +42,7 @@ class Case:
         if self.policy == "mixed":
             return f"mixed {min(self.forced_skips)}-{max(self.forced_skips)}"
         if self.skip_ratio is not None:
-            return f"ffn_skip {self.skip_ratio:.0%}"
+            return f"{self.policy} {self.skip_ratio:.0%}"
         return "gate only" if self.policy == "ffn_skip" else self.policy
 
 
@@ -53,10 +54,12 @@ def make_cases(
     forced_skips: Sequence[int] | None = None,
     has_mixed: bool = False,
     skips: Sequence[tuple[float, SkipParams]] = (),
+    neurons: Sequence[tuple[float, SkipParams]] = (),
     compare: bool = False,
 ) -> list[Case]:
     """`never` is always measured: the others are told against it. `skips` has the ratios asked of
-    the model's profile, with what they resolve to. Raises ConfigError."""
+    the model's profile, with what they are to `ffn_skip`; `neurons` those to that policy. Raises
+    ConfigError."""
     if forced_skips is None:
         forced_skips = [round(ratio * num_layers) for ratio in DEFAULT_FORCED_RATIOS]
     if max(forced_skips, default=0) > num_layers:
@@ -81,6 +84,10 @@ def make_cases(
                 Case(batch=batch, policy="ffn_skip", skip=skip, skip_ratio=ratio)
                 for ratio, skip in skips
             ]
+        cases += [
+            Case(batch=batch, policy="neurons", skip=skip, skip_ratio=ratio)
+            for ratio, skip in neurons
+        ]
         if "forced" in policies:
             cases += [
                 Case(batch=batch, policy="forced", forced_skips=(count,) * batch)

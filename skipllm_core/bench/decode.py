@@ -100,6 +100,7 @@ class DecodeBench:
                 self._tallies,
                 self._step_bytes(case),
                 num_layers=self._runner.num_layers,
+                num_neurons=self._runner.num_neurons,
                 context=self._context,
                 steps=self._steps,
                 rounds=self._rounds,

@@ -42,6 +42,7 @@ class RequestRecord:
     usage_output_tokens: int | None = None  # None: the server told nothing
     skipped_ffn_blocks: int = 0
     total_ffn_blocks: int = 0  # 0: the server told nothing
+    skipped_ffn_share: float = 0.0
     error: str | None = None  # its class, as http_503
     error_message: str = ""
 
@@ -120,6 +121,7 @@ def summarize(
     num_output_tokens = sum(record.num_output_tokens for record in served)
     num_ffn_blocks = sum(record.total_ffn_blocks for record in served)
     num_skipped = sum(record.skipped_ffn_blocks for record in served)
+    left_out = sum(record.skipped_ffn_share * record.total_ffn_blocks for record in served)
     num_good = sum(record.meets(slos_ms) for record in served)
     examples = {record.error: record.error_message for record in reversed(failed)}
     errors = Counter(record.error for record in failed)
@@ -157,5 +159,6 @@ def summarize(
             if num_prompt_tokens
             else None
         ),
+        "skipped_ffn_share": left_out / num_ffn_blocks if num_ffn_blocks else None,
         "token_skip_ratio": num_skipped / num_ffn_blocks if num_ffn_blocks else None,
     }

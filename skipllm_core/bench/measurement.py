@@ -10,6 +10,7 @@ from statistics import median
 from skipllm_core.bench.cases import Case
 from skipllm_core.bench.roofline import StepBytes
 from skipllm_core.engine.runner import StepResult
+from skipllm_core.types import ROWS_PER_NEURON, num_rows_left_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class DecodeMeasurement:
     tokens_per_s: float
     bytes_per_step: float
     ceiling_share: float  # of the read bandwidth
+    skipped_ffn_share: float
     token_skip_ratio: float
     weight_skip_ratio: float
     speedup_vs_never: float
@@ -53,6 +55,7 @@ class Tally:
     step_s: list[float] = field(default_factory=list)
     num_rows: int = 0  # decoded tokens
     num_skipped: int = 0  # FFN blocks, over all rows
+    num_left_out: int = 0  # rows of FFN weights, of blocks that were not skipped
     num_steps: int = 0
     num_avoided: float = 0.0  # layers' worth whose FFN weights no row needed, over all steps
     tokens: list[list[int]] = field(default_factory=list)  # per row, of the last turn
@@ -62,6 +65,7 @@ class Tally:
         self.num_steps += 1
         self.num_rows += len(result.rows)
         self.num_skipped += sum(len(row.skipped_layers) for row in result.rows)
+        self.num_left_out += sum(num_rows_left_out(row.neurons) for row in result.rows)
         self.num_avoided += result.ffn_weight_reads_avoided
 
 
@@ -72,6 +76,7 @@ def measurement(
     step_bytes: StepBytes,
     *,
     num_layers: int,
+    num_neurons: int,
     context: int,
     steps: int,
     rounds: int,
@@ -86,6 +91,8 @@ def measurement(
     is_ours = case.engine == "skipllm"
     num_avoided = tally.num_avoided / max(1, tally.num_steps)
     speedup, ideal = never_s / step_s, step_bytes.ideal_speedup(num_avoided)
+    num_blocks = max(1, tally.num_rows * num_layers)
+    left_out = tally.num_skipped + tally.num_left_out / (ROWS_PER_NEURON * num_neurons)
     watches_only = case.policy == "ffn_skip" and not tally.num_skipped
     return DecodeMeasurement(
         engine=case.engine,
@@ -104,7 +111,8 @@ def measurement(
         tokens_per_s=case.batch / step_s,
         bytes_per_step=step_bytes.read(num_avoided),
         ceiling_share=step_bytes.read(num_avoided) / read_bytes_per_s / step_s,
-        token_skip_ratio=tally.num_skipped / max(1, tally.num_rows * num_layers),
+        skipped_ffn_share=left_out / num_blocks,
+        token_skip_ratio=tally.num_skipped / num_blocks,
         weight_skip_ratio=num_avoided / num_layers,
         speedup_vs_never=speedup,
         ideal_speedup=ideal if is_ours else None,

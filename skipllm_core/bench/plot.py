@@ -28,9 +28,9 @@ def plot_speedups(
         of_batch = [found for found in ours if found.batch == batch]
         line = sorted(
             (found for found in of_batch if found.policy in ("never", "forced")),
-            key=lambda found: found.token_skip_ratio,
+            key=lambda found: found.skipped_ffn_share,
         )
-        ratios = [100 * found.token_skip_ratio for found in line]
+        ratios = [100 * found.skipped_ffn_share for found in line]
         axes.plot(
             ratios,
             [found.ideal_speedup or 1.0 for found in line],
@@ -47,11 +47,15 @@ def plot_speedups(
             marker="o",
             label=f"batch {batch}, measured",
         )
-        for policy, marker, name in (("ffn_skip", "D", "adaptive"), ("mixed", "s", "rows differ")):
+        for policy, marker, name in (
+            ("ffn_skip", "D", "adaptive"),
+            ("neurons", "^", "neurons"),
+            ("mixed", "s", "rows differ"),
+        ):
             points = [found for found in of_batch if found.policy == policy]
             if points:
                 axes.plot(
-                    [100 * found.token_skip_ratio for found in points],
+                    [100 * found.skipped_ffn_share for found in points],
                     [found.speedup_vs_never for found in points],
                     color=color,
                     marker=marker,
@@ -76,7 +80,7 @@ def plot_speedups(
 
 def dress_speedups(axes: Axes) -> None:
     axes.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
-    dress(axes, "FFN blocks skipped (token skip ratio, %)", "speed-up over computing all of them")
+    dress(axes, "FFN weights left out (%)", "speed-up over computing all of them")
 
 
 def dress(axes: Axes, x_label: str, y_label: str) -> None:

@@ -107,7 +107,7 @@ def decode_table(measurements: Sequence[DecodeMeasurement]) -> Table:
     table = _table()
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    headings = ["ms /\nstep", "tokens\n/ s", "of\nceiling", "token\nskip", "weight\nskip"]
+    headings = ["ms /\nstep", "tokens\n/ s", "of\nceiling", "left\nout", "weight\nskip"]
     headings += ["vs\nnever", "of\nideal", *(["vs\ntrans-\nformers"] if is_compared else [])]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -123,7 +123,7 @@ def decode_table(measurements: Sequence[DecodeMeasurement]) -> Table:
             _digits(found.ms_per_step),
             _digits(found.tokens_per_s),
             _percent(found.ceiling_share),
-            _percent(found.token_skip_ratio if is_ours else None, digits=1),
+            _percent(found.skipped_ffn_share if is_ours else None, digits=1),
             _percent(found.weight_skip_ratio if is_ours else None, digits=1),
             _times(found.speedup_vs_never),
             _percent(found.share_of_ideal),

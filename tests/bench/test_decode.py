@@ -23,7 +23,7 @@ from tests.runner.tiny import NUM_LAYERS, VOCAB, engine_config, generate, text, 
 
 PROMISED = {
     *("model", "device", "dtype", "policy", "forced_skip", "batch", "context", "ms_per_step"),
-    *("tokens_per_s", "ceiling_share", "speedup_vs_never", "token_skip_ratio"),
+    *("tokens_per_s", "ceiling_share", "speedup_vs_never", "skipped_ffn_share", "token_skip_ratio"),
     *("weight_skip_ratio", "speedup_vs_transformers"),
 }
 CONTEXT, STEPS = 21, 10
@@ -73,6 +73,21 @@ def test_the_gate_alone_skips_nothing_and_an_adaptive_case_does(model_dir: Path)
     assert adaptive.gate_cost is None
     assert adaptive.token_skip_ratio == 3 / NUM_LAYERS  # the first watched layer triggers
     assert adaptive.skip_ratio_asked == 0.5
+
+
+def test_neurons_left_out_are_told_as_a_share_of_the_weights(model_dir: Path) -> None:
+    runner = TorchModelRunner(engine_config(model_dir, max_num_seqs=32))
+    most = (1e9,) * NUM_LAYERS
+    skip = SkipParams(policy="neurons", up_thresholds=most, down_thresholds=most, warmup_tokens=0)
+    cases = make_cases(NUM_LAYERS, batches=[2], policies=["neurons"], neurons=[(0.5, skip)])
+    never, neurons = measure(runner, cases)
+    assert never.skipped_ffn_share == never.token_skip_ratio == 0
+    assert neurons.label == "neurons 50%"
+    assert neurons.token_skip_ratio == 0
+    assert neurons.skipped_ffn_share == pytest.approx(2 / 3), "gate is read"
+    assert neurons.weight_skip_ratio == pytest.approx(2 / 3)
+    assert neurons.ideal_speedup is not None
+    assert neurons.ideal_speedup > 1
 
 
 def test_taking_turns_changes_no_text(model_dir: Path) -> None:
@@ -218,6 +233,7 @@ def test_the_embedded_model_skips_by_its_own_profile(tmp_path: Path) -> None:
         (["--shape", "3b"], "--shape: must be one of 163m, "),
         (["skipllm-demo", "--shape", "163m"], "give a MODEL or --shape, not both"),
         (["--skip-ratio", "0.2"], "random weights have no skip profile"),
+        (["--policies", "neurons"], "--policies neurons needs the model's skip profile"),
         (["skipllm-demo", "--skip-ratio", "0.9"], "--skip-ratio: skip.ratio 0.9 is out of reach"),
         (["skipllm-demo", "--skip-ratio", "nan"], "--skip-ratio: must be numbers of at least 0"),
         (["skipllm-demo", "--skip-ratio", "0"], "--skip-ratio: 0 is the policy never"),

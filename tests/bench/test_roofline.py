@@ -165,6 +165,7 @@ def test_a_measurement_by_hand() -> None:
             tallies,
             StepBytes(full=1000, ffn_block=100),
             num_layers=8,
+            num_neurons=16,
             context=16,
             steps=3,
             rounds=1,

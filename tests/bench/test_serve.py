@@ -114,10 +114,19 @@ async def test_what_was_skipped_and_how_long_the_engine_ran_are_told(
     assert result["weight_skip_ratio"] == 2 / 16
     assert set(result["engine_time_ratio"]) == {"prefill", "decode"}
     assert 0 < sum(result["engine_time_ratio"].values()) < 1
-    assert "token_skip_ratio 0.125, weight_skip_ratio 0.125" in report(result)
+    assert result["skipped_ffn_share"] == 2 / 16
+    told = "skipped_ffn_share 0.125, token_skip_ratio 0.125, weight_skip_ratio 0.125"
+    assert told in report(result)
     assert result["settings"]["extra_body"] == asked
     unskipped = await bench(url, extra_body={"skip": {"policy": "off"}})
     assert unskipped["token_skip_ratio"] == unskipped["weight_skip_ratio"] == 0
+    # Of 4 layers with 48 rows of weights, the fake runner leaves out 7, 9, 11 and 13.
+    asked = {"skip": {"policy": "neurons", "ratio": 0.25, "warmup_tokens": 3}}
+    neurons = await bench(url, extra_body=asked, max_concurrency=1)
+    assert neurons["token_skip_ratio"] == 0
+    share = 2 * (7 + 9 + 11 + 13) / (4 * 4 * 48)
+    assert neurons["skipped_ffn_share"] == pytest.approx(share)
+    assert neurons["weight_skip_ratio"] == pytest.approx(share)
 
 
 async def test_prompts_come_from_a_file_and_are_repeated(
@@ -187,7 +196,13 @@ async def test_a_server_that_tells_no_usage_is_measured_by_its_chunks() -> None:
     told = report(result)
     assert "other at http://127.0.0.1" in told
     assert "told no usage" in told
-    for name in ("token_skip_ratio", "weight_skip_ratio", "engine_time_ratio", "cached"):
+    for name in (
+        "skipped_ffn_share",
+        "token_skip_ratio",
+        "weight_skip_ratio",
+        "engine_time_ratio",
+        "cached",
+    ):
         assert name not in told
     assert result["token_skip_ratio"] is result["weight_skip_ratio"] is None
     assert result["engine_time_ratio"] is result["cached_token_ratio"] is None

@@ -82,7 +82,12 @@ def test_good_requests_keep_every_bound_and_failed_ones_are_never_good() -> None
 def test_a_summary_adds_up_what_succeeded_and_counts_what_did_not() -> None:
     told = make_record(0.1, 0.2, num_output_tokens=6)
     told.num_prompt_tokens, told.num_cached_tokens = 30, 10
-    told.skipped_ffn_blocks, told.total_ffn_blocks = 10, 40
+    told.skipped_ffn_blocks, told.total_ffn_blocks, told.skipped_ffn_share = 10, 40, 0.5
+    more = make_record(0.1, 0.2)
+    more.total_ffn_blocks, more.skipped_ffn_share = 10, 0.25
+    both = summarize([told, more], 4.0, {})
+    assert both["token_skip_ratio"] == 10 / 50
+    assert both["skipped_ffn_share"] == (20 + 2.5) / 50
     untold = make_record(0.3, 0.4)
     untold.num_prompt_tokens = 10
     failures = [make_failure("http_503", text) for text in ("first", "second")]
@@ -98,12 +103,14 @@ def test_a_summary_adds_up_what_succeeded_and_counts_what_did_not() -> None:
     assert result["num_without_usage"] == 1
     assert result["cached_token_ratio"] == 0.25
     assert result["token_skip_ratio"] == 0.25
+    assert result["skipped_ffn_share"] == 0.5
     assert result["ttft_ms"]["mean"] == pytest.approx(200)
 
 
 def test_a_summary_of_failures_alone_has_no_latencies() -> None:
     result = summarize([make_failure("timeout", "t")], 1.0, {"ttft": 100})
     assert result["ttft_ms"] is result["itl_ms"] is result["token_skip_ratio"] is None
+    assert result["skipped_ffn_share"] is None
     assert result["goodput_requests_per_s"] == 0
 
 

@@ -139,24 +139,24 @@ def test_the_share_of_weights_left_out_counts_the_rows_of_each_neuron(
     panels = json.loads(DASHBOARD.read_text())["panels"]
     (panel,) = [panel for panel in panels if panel["title"] == "FFN weights left out"]
     share = panel["targets"][0]["expr"].replace("$__rate_interval", "1m")
-    # Neurons of two layers, so 300 rows of weights each: left out are 2 x 20 + 10 of layer 0 and
-    # 3 x 50 of layer 1.
+    # Of two layers with 3600 rows of weights, left out are 2 x 210 + 30 and 3 x 450.
     counts = {
-        ("0", "computed"): 70, ("0", "skipped_before_up"): 20, ("0", "skipped_before_down"): 10,
+        ("0", "computed"): 960, ("0", "skipped_before_up"): 210, ("0", "skipped_before_down"): 30,
         ("0", "skipped_with_block"): 0,
-        ("1", "computed"): 50, ("1", "skipped_before_up"): 0, ("1", "skipped_before_down"): 0,
-        ("1", "skipped_with_block"): 50,
+        ("1", "computed"): 750, ("1", "skipped_before_up"): 0, ("1", "skipped_before_down"): 0,
+        ("1", "skipped_with_block"): 450,
     }  # fmt: skip
     name = "skipllm_ffn_neurons_total"
     series = [
         {"series": f'{name}{{layer="{layer}", outcome="{outcome}"}}', "values": f"0+{count}x5"}
         for (layer, outcome), count in counts.items()
     ]
-    expected = {"value": (2 * 20 + 10 + 3 * 50) / (3 * 200)}
+    # Rounded, as series are added up in any order.
+    query = {"expr": f"round({share}, 1e-6)", "eval_time": "2m", "exp_samples": [{"value": 0.25}]}
     case = {
         "interval": "30s",
         "input_series": series,
-        "promql_expr_test": [{"expr": share, "eval_time": "2m", "exp_samples": [expected]}],
+        "promql_expr_test": [query],
     }
     file = tmp_path / "test.yaml"
     file.write_text(yaml.safe_dump({"evaluation_interval": "30s", "tests": [case]}))

@@ -157,6 +157,7 @@ def _read_chunk(chunk: Any, record: RequestRecord, now_s: float) -> None:
         if skip := usage.get("skip"):
             record.skipped_ffn_blocks = skip["skipped_ffn_blocks"]
             record.total_ffn_blocks = skip["total_ffn_blocks"]
+            record.skipped_ffn_share = skip["skipped_ffn_share"]
 
 
 def _message(content: bytes) -> str:

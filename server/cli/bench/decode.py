@@ -16,7 +16,8 @@ from skipllm_core.bench.shapes import DEFAULT_SHAPE, SHAPE_NAMES
 from skipllm_core.skip.resolve import DEFAULT_SKIP_RATIO
 
 _ENGINE = ("load_format", "dtype", "device", "quantization", "num_threads", "seed")
-_POLICIES = ("never", "ffn_skip", "forced")
+_POLICIES = ("never", "ffn_skip", "forced")  # by default
+_WITH_NEURONS = (*_POLICIES, "neurons")
 
 
 _Model = Annotated[
@@ -69,7 +70,7 @@ def decode(
         typer.Option(
             metavar="NAME,..",
             help="What to measure; never always is. ffn_skip: the adaptive gate, alone and with "
-            "--skip-ratio. forced: see --forced-skip.",
+            "--skip-ratio. neurons: with --skip-ratio, too. forced: see --forced-skip.",
         ),
     ] = ",".join(_POLICIES),
     forced_skip: Annotated[
@@ -91,7 +92,7 @@ def decode(
         str | None,
         typer.Option(
             metavar="FLOAT,..",
-            help="Shares of the FFN blocks to skip adaptively, where the model has a skip profile. "
+            help="Shares of the FFN weights to leave out, where the model has a skip profile. "
             f"Default: {DEFAULT_SKIP_RATIO}, or as much as the profile reaches.",
         ),
     ] = None,
@@ -107,7 +108,7 @@ def decode(
     json_file: _Json = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw speed-up against skip ratio, as PNG."),
+        typer.Option(metavar="FILE", help="Draw speed-up against the share left out, as PNG."),
     ] = None,
     **flags: Any,
 ) -> None:
@@ -115,7 +116,7 @@ def decode(
     with told_in_one_line():
         settings = _settings(model, shape, flags)
         batches = numbers("--batch", batch, int, least=1)
-        wanted = names("--policies", policies, _POLICIES)
+        wanted = names("--policies", policies, _WITH_NEURONS)
         forced = None if forced_skip is None else numbers("--forced-skip", forced_skip, int)
         ratios = None if skip_ratio is None else numbers("--skip-ratio", skip_ratio, float)
         check_surroundings(compare, plot, json_file)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -72,13 +72,19 @@ def run_decode(
     """Raises ConfigError. A shape, or no model at all, means random weights."""
     with _model(settings, shape) as (name, config):
         model_config = load_model_config(config.model_dir)
+        skips = {
+            policy: _skips(settings, config, policy, skip_ratios)
+            for policy in ("ffn_skip", "neurons")
+            if policy in policies
+        }
         cases = make_cases(
             model_config.num_layers,
             batches=batches,
             policies=policies,
             forced_skips=forced_skips,
             has_mixed=has_mixed,
-            skips=_skips(settings, config, skip_ratios) if "ffn_skip" in policies else (),
+            skips=skips.get("ffn_skip", ()),
+            neurons=skips.get("neurons", ()),
             compare=compare,
         )
         prompts = _prompts(settings, config, prompts_file, max(batches), context)
@@ -106,7 +112,7 @@ def run_decode(
         plot_speedups(
             found,
             plot_file,
-            title=f"Decode speed-up of {name} by FFN blocks skipped",
+            title=f"Decode speed-up of {name} by FFN weights left out",
             subtitle=f"{_computes(settings, runner)}, {machine.device_name}, context {context} to "
             f"{context + steps - 1}",
         )
@@ -170,21 +176,26 @@ def _check_length(needed: int, model_config: ModelConfig, flags: str) -> None:
 
 
 def _skips(
-    settings: Settings, config: EngineConfig, ratios: Sequence[float] | None
+    settings: Settings,
+    config: EngineConfig,
+    policy: Literal["ffn_skip", "neurons"],
+    ratios: Sequence[float] | None,
 ) -> list[tuple[float, SkipParams]]:
-    """What the ratios are to the model's profile, without warm-up: all steps are to skip."""
+    """What the ratios are to the model's profile, without warm-up: all steps are to skip. Without a
+    profile, there is still the gate of `ffn_skip` to measure."""
     is_random = config.load_format == "dummy"
     profile = None if is_random else find_profile(settings.skip_profile, config.model_dir)
     if profile is None:
-        if ratios is not None:
+        if ratios is not None or policy == "neurons":
+            flag = "--policies neurons" if ratios is None else "--skip-ratio"
             reason = "random weights have no skip profile" if is_random else "there is none"
-            raise SettingsError(f"--skip-ratio needs the model's skip profile: {reason}")
+            raise SettingsError(f"{flag} needs the model's skip profile: {reason}")
         return []
     skips = []
-    for ratio in ratios or [min(DEFAULT_SKIP_RATIO, profile.max_ratio("ffn_skip"))]:
-        if ratio == 0:
+    for ratio in ratios or [min(DEFAULT_SKIP_RATIO, profile.max_ratio(policy))]:
+        if ratio == 0 and ratios is not None:
             raise SettingsError("--skip-ratio: 0 is the policy never, which is always measured")
-        defaults = SkipDefaults(policy="ffn_skip", ratio=ratio, warmup_tokens=0)
+        defaults = SkipDefaults(policy=policy, ratio=ratio or None, warmup_tokens=0)
         try:
             skips.append((ratio, resolve_skip(defaults, profile, None)))
         except InvalidRequestError as error:

@@ -61,7 +61,7 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     skipping = [
         f"{name} {result[name]:.3f}"
-        for name in ("token_skip_ratio", "weight_skip_ratio")
+        for name in ("skipped_ffn_share", "token_skip_ratio", "weight_skip_ratio")
         if result[name] is not None
     ]
     if skipping:
