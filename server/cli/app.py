@@ -15,7 +15,7 @@ from server.cli.options import Command, takes_settings, told_in_one_line
 from server.settings import CONFIG_VARIABLE, EMBEDDED_MODEL_NAME, ENV_PREFIX, Settings
 from server.settings_sources import load_settings
 from skipllm_core.calibration.work import DEFAULT_MAX_TOKENS, Options
-from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS
+from skipllm_core.skip.profile import DEFAULT_WARMUP_TOKENS, MEASURED_POLICIES
 
 app = typer.Typer(
     name="skipllm",
@@ -99,6 +99,19 @@ def calibrate(
             "result on. Default: a built-in set.",
         ),
     ] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Finished answers to measure with, as of your own traffic; may be repeated. One "
+            'JSON object per line: {"messages": [..., {"role": "assistant", ...}]}, {"prompt": '
+            '..., "answer": ...} or {"prompt_ids": [...], "answer_ids": [...]}.',
+        ),
+    ] = None,
+    policies: Annotated[
+        str,
+        typer.Option(metavar="NAME,..", help="The policies to measure."),
+    ] = ",".join(MEASURED_POLICIES),
     out: Annotated[
         Path,
         typer.Option(
@@ -108,7 +121,7 @@ def calibrate(
         ),
     ] = Path("skip.yaml"),
     max_tokens: Annotated[
-        int, typer.Option(metavar="INT", min=1, help="Tokens to generate for each prompt.")
+        int, typer.Option(metavar="INT", min=1, help="Tokens of each answer, at most.")
     ] = DEFAULT_MAX_TOKENS,
     warmup_tokens: Annotated[
         int,
@@ -132,16 +145,17 @@ def calibrate(
     ] = None,
     **flags: Any,
 ) -> None:
-    """Measure MODEL's similarity curve and write its skip profile."""
+    """Measure what each skip policy costs MODEL, and write its skip profile."""
     with told_in_one_line():
         settings = load_settings({**flags, "model": model}, os.environ)
 
-        from server.cli.calibrate import run_calibration
+        from server.cli.calibrate import parse_policies, run_calibration
 
         options = Options(
             max_tokens=max_tokens,
             warmup_tokens=warmup_tokens,
             cold_start=cold_start,
             cold_end=cold_end,
+            policies=parse_policies(policies),
         )
-        run_calibration(settings, prompts or [], out, options)
+        run_calibration(settings, prompts or [], answers or [], out, options)

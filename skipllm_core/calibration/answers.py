@@ -24,9 +24,15 @@ class Answer:
         return max(0, len(self.answer_ids) - 1)
 
 
-def check_prompts(answers: Sequence[Answer], max_model_len: int) -> None:
-    """Raises ConfigError where a prompt leaves no room for an answer of two tokens: one is
-    generated with the prompt, and one decoded."""
+def check_answers(answers: Sequence[Answer], max_model_len: int, vocab_size: int) -> None:
+    """Raises ConfigError for ids that the model has no embedding of, and where a prompt leaves no
+    room for an answer of two tokens: one is generated with the prompt, and one decoded."""
+    largest = max(max(answer.prompt_ids + answer.answer_ids) for answer in answers)
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"an answer or its prompt has the token id {largest}, the model's vocabulary "
+            f"{vocab_size} entries"
+        )
     longest = max(len(answer.prompt_ids) for answer in answers)
     if longest > max_model_len - 2:
         raise ConfigError(

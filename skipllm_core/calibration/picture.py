@@ -3,27 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skipllm_core.errors import ConfigError
-from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.profile import MEASURED_POLICIES, SkipProfile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEAST_KL = 1e-5  # that is drawn, on a logarithmic axis
 
 
 def draw_profile(profile: SkipProfile, path: Path) -> None:
-    """Left: how much each layer's FFN turns the residual, with the cold regions shaded. Right: how
-    often the model still chooses the same token, against the ratio, and the KL."""
+    """How much each layer's FFN turns the residual, with the cold regions shaded; and for every
+    policy, against the share of FFN weights that it leaves out, how often the model still chooses
+    the same token, and the KL."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("it needs matplotlib: pip install 'skipllm[eval]'") from None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _draw_similarities(left, profile)
+    for policy in MEASURED_POLICIES:
+        points = profile.points(policy)
+        if not points:
+            continue
+        ratios = [0.0, *(100 * point.skipped_ffn_share for point in points)]
+        style = "o-" if policy in ("ffn_skip", "neurons") else "o--"
+        width = 2.0 if policy in ("ffn_skip", "neurons") else 1.0
+        agreements = [100.0, *(100 * point.top1_agreement for point in points)]
+        middle.plot(ratios, agreements, style, ms=3, lw=width, label=policy)
+        kls = [max(LEAST_KL, point.kl) for point in points]
+        right.plot(ratios[1:], kls, style, ms=3, lw=width, label=policy)
+    middle.set(
+        xlabel="FFN weights left out, %",
+        ylabel="same next token as the full model's, %",
+        title="agreement, on held-out answers",
+    )
+    right.set(
+        yscale="log",
+        xlim=(0, None),
+        xlabel="FFN weights left out, %",
+        ylabel="KL(full || skipping), nats per token",
+        title="divergence, on held-out answers",
+    )
+    for axes in (middle, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
+
+def _draw_similarities(axes: Axes, profile: SkipProfile) -> None:
     layers = range(profile.num_layers)
     curves = profile.similarity
     # 1 - cosine on a logarithmic axis: the plateau lies within a few thousandths of 1.
     floor = 1e-7
     for low, high, alpha in (("p95", "p05", 0.15), ("p75", "p25", 0.3)):
-        left.fill_between(
+        axes.fill_between(
             layers,
             [max(floor, 1 - getattr(layer, low)) for layer in curves],
             [max(floor, 1 - getattr(layer, high)) for layer in curves],
@@ -32,34 +70,18 @@ def draw_profile(profile: SkipProfile, path: Path) -> None:
             lw=0,
             label=f"percentiles {int(high[1:])} to {int(low[1:])}",
         )
-    left.plot(layers, [max(floor, 1 - layer.mean) for layer in curves], "o-", ms=3, label="mean")
+    axes.plot(layers, [max(floor, 1 - layer.mean) for layer in curves], "o-", ms=3, label="mean")
     for start, end, label in (
         (0, profile.cold_start + 1, "cold regions at 25 %"),
         (profile.cold_end, profile.num_layers, None),
     ):
-        left.axvspan(start - 0.5, end - 0.5, color="grey", alpha=0.25, lw=0, label=label)
-    left.set(
+        axes.axvspan(start - 0.5, end - 0.5, color="grey", alpha=0.25, lw=0, label=label)
+    axes.set(
         yscale="log",
         xlim=(-0.5, profile.num_layers - 0.5),
         xlabel="layer",
         ylabel="1 - cos(h, h + FFN(h))",
         title="similarity per layer (higher: skips more easily)",
     )
-    left.invert_yaxis()
-    left.legend(fontsize=8)
-
-    ratios = [100 * point.skipped_ffn_share for point in profile.ffn_skip]
-    agreements = [100 * point.top1_agreement for point in profile.ffn_skip]
-    (agreement,) = right.plot(ratios, agreements, "o-", label="top-1 agreement")
-    right.set(
-        xlabel="skipped FFN blocks, %",
-        ylabel="same next token as the full model's, %",
-        title="quality against ratio, on held-out prompts",
-    )
-    right.grid(alpha=0.3)
-    other = right.twinx()
-    kls = [point.kl for point in profile.ffn_skip]
-    (kl,) = other.plot(ratios, kls, "s--", color="tab:red", label="KL(full || skipping)")
-    other.set(ylabel="nats per token", ylim=(0, None))
-    right.legend(handles=[agreement, kl], fontsize=8, loc="center left")
-    figure.savefig(path, dpi=120)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)

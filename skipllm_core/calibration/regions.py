@@ -17,6 +17,7 @@ from statistics import median
 
 from torch import Tensor
 
+from skipllm_core.errors import ConfigError
 from skipllm_core.types import SkipParams
 
 PLATEAU_FACTOR = 3.0
@@ -24,6 +25,21 @@ SLACK = (0, 1, 2)  # of the compared regions, in twelfths of the layers
 DIGITS = 6  # of the numbers in the profile
 
 Region = tuple[int, int]  # cold_start, cold_end
+
+
+def regions_for(means: Sequence[float], start: int | None, end: int | None) -> list[Region]:
+    """What there is to choose from, narrow to wide: one region where an end of it is given. Raises
+    ConfigError."""
+    if start is None and end is None:
+        return nested_regions(means)
+    found = find_plateau(means)
+    start, end = found[0] if start is None else start, found[1] if end is None else end
+    if not 0 <= start < end - 1 < len(means) - 1:
+        raise ConfigError(
+            f"--cold-start {start} and --cold-end {end}: between them must be two layers or more, "
+            f"without the last of {len(means)}"
+        )
+    return [(start, end)]
 
 
 def nested_regions(means: Sequence[float]) -> list[Region]:
@@ -54,7 +70,9 @@ def nested_regions(means: Sequence[float]) -> list[Region]:
 def candidates(regions: Sequence[Region], target: float, num_layers: int) -> list[Region]:
     """Of regions from narrow to wide, those to compare for a target: the narrowest that reaches it
     and those that are wider by SLACK, of these regions and of the same begun one layer earlier.
-    None: it is beyond them all."""
+    None: it is beyond them all. Of one region alone there is no other to compare."""
+    if len(regions) == 1:  # given: there is nothing to choose
+        return [r for r in regions if target <= max_reachable_ratio(r, num_layers)]
     step = max(1, round(num_layers / 12))
     found: list[Region] = []
     for earlier in (0, 1):
@@ -103,3 +121,10 @@ def find_threshold(similarities: Tensor, skip: SkipParams, ratio: float) -> floa
     threshold = float(reached.sort(descending=True).values[rank - 1])
     rounded = math.floor(threshold * 10**DIGITS) / 10**DIGITS  # down: the rank has to reach it
     return float(min(1.0, rounded))
+
+
+def share_skipped(similarities: Tensor, skip: SkipParams) -> float:
+    """The share of FFN blocks that the settings skip, on the same similarities."""
+    num_tokens, num_layers = similarities.shape
+    reached = similarities[:, skip.cold_start : skip.cold_end - 1].cummax(dim=1).values
+    return int((reached >= skip.threshold).sum()) / (num_tokens * num_layers)

@@ -46,11 +46,11 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """What a policy costs at one ratio, measured on held-out answers of the full model.
 
     The ratio is the share of FFN weights that is not used, over the tokens decoded after the
-    warm-up. Agreement and KL(full || skipping), in nats per token, are those of the next-token
-    distributions when both read the full model's text. So is the change of the perplexity,
-    exp(mean negative log-likelihood) of that text: 0.1 is 10 % above the full model's.
+    warm-up. It, agreement and KL(full || skipping), in nats per token, are taken where both models
+    read the full one's text. So is the change of the perplexity, exp(mean negative log-likelihood)
+    of that text: 0.1 is 10 % above the full model's.
     `weight_skip_ratio` has, by batch size, the share of FFN weight reads avoided by rows that skip
-    independently of each other.
+    independently of each other: what one token does without with probability p, B do with p ** B.
     """
 
     target_ratio: Share
@@ -60,6 +60,9 @@ class SkipPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     kl: Annotated[float, msgspec.Meta(ge=0)]
     perplexity_change: Annotated[float, msgspec.Meta(ge=-1)]
     num_tokens: Count  # that it was measured on
+    # The ratio where the model reads its own text under the policy, over a few hundred tokens; None
+    # where it is known beforehand, or was not tried.
+    free_ffn_share: Share | None = None
 
 
 class FfnSkipPoint(SkipPoint, frozen=True, forbid_unknown_fields=True, kw_only=True):

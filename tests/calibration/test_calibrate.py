@@ -2,302 +2,291 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from skipllm_core.calibration.calibrate import BATCHES, TARGET_RATIOS, calibrate
-from skipllm_core.calibration.measure import Measurement, forced_kl, measure, record
-from skipllm_core.calibration.probe import Probe
-from skipllm_core.calibration.regions import max_reachable_ratio
+from skipllm_core.calibration import calibrate as calibration
+from skipllm_core.calibration.answers import Answer
+from skipllm_core.calibration.calibrate import TARGET_RATIOS, calibrate
+from skipllm_core.calibration.measure import BATCHES
+from skipllm_core.calibration.passes import Passes
 from skipllm_core.calibration.work import Options, Work
+from skipllm_core.config import EngineConfig
+from skipllm_core.engine.engine import Engine
 from skipllm_core.errors import ConfigError
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.profile import MEASURED_POLICIES, SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
-from skipllm_core.types import SamplingParams, SkipParams
-from tests.model.checkpoints import make_oracle
+from skipllm_core.types import SamplingParams
 from tests.runner.tiny import engine_config, generate, write_config
 
 NUM_LAYERS = 12
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     path = tmp_path_factory.mktemp("tiny")
-    return write_config(path, num_hidden_layers=NUM_LAYERS, eos_token_id=None)
+    return engine_config(write_config(path, num_hidden_layers=NUM_LAYERS, eos_token_id=None))
 
 
 @pytest.fixture(scope="module")
-def runner(model_dir: Path) -> TorchModelRunner:
-    return TorchModelRunner(engine_config(model_dir))
+def runner(config: EngineConfig) -> TorchModelRunner:
+    return TorchModelRunner(config)
 
 
-def prompts(count: int, seed: int) -> list[list[int]]:
+@pytest.fixture
+def few_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TARGET_RATIOS", (0.1, 0.25))
+
+
+def prompts(count: int, seed: int = 1) -> list[Answer]:
     ids = torch.randint(3, 96, (count, 9), generator=torch.Generator().manual_seed(seed))
-    return [row[: 3 + n % 7].tolist() for n, row in enumerate(ids)]
+    return [Answer(row[: 3 + n % 7].tolist(), []) for n, row in enumerate(ids)]
+
+
+def run(
+    runner: TorchModelRunner,
+    config: EngineConfig,
+    answers: Sequence[Answer] | None = None,
+    work: Work | None = None,
+    **options: Any,
+) -> SkipProfile:
+    chosen = Options(**{"max_tokens": 5, "warmup_tokens": 0} | options)
+    answers = prompts(8) if answers is None else answers
+    return calibrate(runner, config, answers, chosen, fingerprint="abc", work=work)
 
 
 @pytest.fixture(scope="module")
-def profile(runner: TorchModelRunner) -> SkipProfile:
-    return calibrate(
-        runner,
-        prompts(8, seed=1),
-        prompts(6, seed=2),
-        Options(max_tokens=16, warmup_tokens=2),
-        fingerprint="abc",
-        max_num_seqs=12,
-    )
+def profile(runner: TorchModelRunner, config: EngineConfig) -> SkipProfile:
+    return run(runner, config, prompts(16), max_tokens=16, warmup_tokens=2)
 
 
-def test_calibration_tells_what_skipping_does_to_the_model(profile: SkipProfile) -> None:
+def test_calibration_tells_what_each_policy_costs(profile: SkipProfile) -> None:
     assert profile.num_layers == NUM_LAYERS
-    assert profile.num_tokens == 8 * 15
+    assert profile.num_prompts == 12
+    assert profile.num_tokens == 12 * 15
     assert profile.warmup_tokens == 2
-    assert len(profile.ffn_skip) >= 3
+    assert all(layer.p05 <= layer.p50 <= layer.p95 for layer in profile.similarity)
+    for policy in MEASURED_POLICIES:
+        points = profile.points(policy)
+        assert len(points) >= 3
+        assert points[-1].skipped_ffn_share > 0.35
+        for point in points:
+            assert point.target_ratio in TARGET_RATIOS
+            # Under the last two there is no warm-up.
+            has_warmup = policy not in ("layer_drop", "early_exit")
+            assert point.num_tokens == 4 * (14 if has_warmup else 15)
+            # A random model is no robust one, and has few layers to choose from.
+            assert point.skipped_ffn_share == pytest.approx(point.target_ratio, abs=0.1)
+            assert 0 <= point.top1_agreement <= 1
+            assert point.kl > 0
+            ratios = [point.weight_skip_ratio[batch] for batch in BATCHES]
+            assert ratios[0] == pytest.approx(point.skipped_ffn_share, abs=1e-5)
+            assert ratios == sorted(ratios, reverse=True)
+            is_known_beforehand = policy not in ("ffn_skip", "neurons")
+            assert (point.free_ffn_share is None) == is_known_beforehand
     for point in profile.ffn_skip:
-        assert point.num_tokens == 6 * 14
         assert sum(point.trigger_layers) <= point.num_tokens
-        assert point.skipped_ffn_share == pytest.approx(point.target_ratio, abs=0.1)
-        assert 0 < point.top1_agreement < 1  # a random model is no robust one
-        assert point.kl > 0
-        assert point.target_ratio <= max_reachable_ratio(point.region, NUM_LAYERS)
-        ratios = [point.weight_skip_ratio[batch] for batch in BATCHES]
-        assert ratios[0] == point.skipped_ffn_share
-        assert ratios == sorted(ratios, reverse=True)
-    assert profile.ffn_skip[-1].target_ratio >= 0.45
-    assert TARGET_RATIOS[-1] == 0.5
     (at_a_quarter,) = (p for p in profile.ffn_skip if p.target_ratio == 0.25)
     assert (profile.cold_start, profile.cold_end) == at_a_quarter.region
-    assert profile.ffn_skip[-1].perplexity_change > 0
-    assert all(layer.p05 <= layer.p50 <= layer.p95 for layer in profile.similarity)
+
+
+def test_neurons_leave_out_the_share_that_was_asked_for(profile: SkipProfile) -> None:
+    assert [point.target_ratio for point in profile.neurons] == list(TARGET_RATIOS)
+    for point in profile.neurons:
+        assert point.skipped_ffn_share == pytest.approx(point.target_ratio, abs=0.03)
+        assert point.free_ffn_share == pytest.approx(point.target_ratio, abs=0.05)
 
 
 def test_a_profile_can_be_saved_loaded_and_served(
-    profile: SkipProfile, runner: TorchModelRunner, model_dir: Path, tmp_path: Path
+    profile: SkipProfile, runner: TorchModelRunner, config: EngineConfig, tmp_path: Path
 ) -> None:
     profile.save(tmp_path / "skip.yaml")
     loaded = SkipProfile.load(tmp_path / "skip.yaml")
-    ratio = loaded.ffn_skip[1].skipped_ffn_share
-    skip = resolve_skip(SkipDefaults(), loaded, SkipOptions(ratio=ratio))
-    params = SamplingParams(max_tokens=16, temperature=0, skip=skip)
-    requests = [(prompt, params) for prompt in prompts(6, seed=2)]
-    outputs = generate(runner, engine_config(model_dir), requests)
-    usages = [row[-1].skip_usage for row in outputs]
-    # The held-out prompts again, so what was measured comes out: over the 14 of 15 decoded tokens
-    # that follow the warm-up.
-    skipped = sum(usage.skipped_ffn_blocks for usage in usages)
-    assert skipped / (6 * 14 * NUM_LAYERS) == pytest.approx(ratio, abs=1e-4)
+    assert loaded == profile
+    for policy in MEASURED_POLICIES:
+        point = loaded.points(policy)[-2]
+        wish = SkipOptions(policy=policy, ratio=point.skipped_ffn_share)
+        skip = resolve_skip(SkipDefaults(), loaded, wish)
+        params = SamplingParams(max_tokens=16, temperature=0, skip=skip)
+        requests = [(answer.prompt_ids, params) for answer in prompts(16)[::4]]
+        usages = [row[-1].skip_usage for row in generate(runner, config, requests)]
+        # Of 15 decoded tokens, the first is in the warm-up.
+        share = sum(usage.skipped_ffn_rows for usage in usages if usage is not None)
+        share /= sum(usage.total_ffn_rows for usage in usages if usage is not None)
+        assert share == pytest.approx(point.skipped_ffn_share, abs=0.06)
 
 
-def test_never_skipping_agrees_with_itself(runner: TorchModelRunner) -> None:
-    skip = SkipParams(policy="ffn_skip", threshold=2.0, cold_end=NUM_LAYERS, warmup_tokens=0)
-    result = measure(Probe(runner, max_tokens=8, max_num_seqs=9), prompts(4, seed=3), skip, Work())
-    assert result.token_skip_ratio == 0
-    assert result.top1_agreement == 1
-    assert result.kl == pytest.approx(0, abs=1e-5)
-    assert result.perplexity_change == pytest.approx(0, abs=1e-5)
-
-
-def test_the_kl_on_the_full_models_text_does_not_need_the_free_one(
-    profile: SkipProfile, runner: TorchModelRunner
+def test_policies_can_be_chosen(
+    profile: SkipProfile, runner: TorchModelRunner, config: EngineConfig
 ) -> None:
-    skip = resolve_skip(SkipDefaults(), profile, SkipOptions(ratio=0.2))
-    probe = Probe(runner, max_tokens=8, max_num_seqs=12)
-    whole = measure(probe, prompts(4, seed=3), skip, Work())
-    assert forced_kl(probe, prompts(4, seed=3), skip, Work()) == pytest.approx(whole.kl, rel=1e-3)
+    policies = ("neurons", "random")
+    chosen = run(runner, config, prompts(16), max_tokens=16, warmup_tokens=2, policies=policies)
+    assert chosen.neurons == profile.neurons
+    assert chosen.random
+    for policy in set(MEASURED_POLICIES) - set(policies):
+        assert not chosen.points(policy)
+    assert chosen.similarity == profile.similarity
 
 
-def test_groups_do_not_change_what_is_measured(
-    profile: SkipProfile, runner: TorchModelRunner
+# Answers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_targets")
+def test_finished_answers_are_taken_as_they_are(
+    runner: TorchModelRunner, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    skip = resolve_skip(SkipDefaults(), profile, SkipOptions(ratio=0.2))
-    all_at_once, one_by_one = (
-        measure(Probe(runner, max_tokens=8, max_num_seqs=limit), prompts(4, seed=3), skip, Work())
-        for limit in (12, 3)
-    )
-    assert one_by_one.trigger_layers == all_at_once.trigger_layers
-    assert one_by_one.skipped_layers == all_at_once.skipped_layers
-    assert sum(all_at_once.skipped_layers) > 0
-    assert one_by_one.sum_kl == pytest.approx(all_at_once.sum_kl, rel=1e-3)
+    generated = run(runner, config, policies=("static",))
+    requests = [(a.prompt_ids, SamplingParams(max_tokens=5, temperature=0)) for a in prompts(8)]
+    texts = [
+        [token_id for output in row for token_id in output.token_ids]
+        for row in generate(runner, config, requests)
+    ]
+    finished = [
+        Answer(prompt.prompt_ids, [*text, 7, 7])
+        for prompt, text in zip(prompts(8), texts, strict=True)
+    ]
+    assert run(runner, config, [*prompts(1), *finished[1:]], policies=("static",)) == generated
+    monkeypatch.delattr(Engine, "step")  # nothing is generated
+    assert run(runner, config, finished, policies=("static",)) == generated, "cut to 5 tokens"
 
 
-def test_weight_reads_are_avoided_where_all_rows_of_a_batch_skip() -> None:
-    # Of 10 tokens, 4 skip layer 2, 8 layer 3 and 10 layer 4.
-    found = Measurement([0, 4, 4, 2, 0], [0, 0, 4, 8, 10], num_free_tokens=10)
-    assert found.token_skip_ratio == pytest.approx((0.4 + 0.8 + 1) / 5)
-    assert found.weight_skip_ratio(1) == found.token_skip_ratio
-    assert found.weight_skip_ratio(4) == pytest.approx((0.4**4 + 0.8**4 + 1) / 5)
+@pytest.mark.usefixtures("few_targets")
+def test_an_answer_ends_where_the_context_does(
+    runner: TorchModelRunner, config: EngineConfig
+) -> None:
+    """The first token comes with the prompt, the last takes the last place: two are decoded."""
+    long = [Answer([3] * (runner.max_model_len - 3), []) for _ in range(2)]
+    profile = run(runner, config, long, max_tokens=10**6, policies=("static",))
+    assert profile.num_tokens == 2
+    long[0] = Answer([3] * (runner.max_model_len - 1), [])
+    with pytest.raises(ConfigError, match="leaves no room"):
+        run(runner, config, long)
 
 
-def run(runner: TorchModelRunner, work: Work | None = None, **options: int) -> SkipProfile:
-    chosen = Options(**{"max_tokens": 4, "warmup_tokens": 0} | options)
-    return calibrate(
-        runner, prompts(4, seed=1), prompts(1, seed=2), chosen, fingerprint="abc", work=work
-    )
+@pytest.mark.usefixtures("few_targets")
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ([Answer([3], [4] * 9)] * 2 + [Answer([3], [4] * 2)], None),
+        ([Answer([3], [4] * 2)] + [Answer([3], [4] * 9)] * 3, "all 1 held-out answers end within"),
+        ([Answer([3], [4] * 9)] + [Answer([3], [4] * 2)] * 3, "all 3 calibration answers end"),
+    ],
+)
+def test_answers_that_end_within_the_warmup_are_told_at_once(
+    answers: list[Answer],
+    says: str | None,
+    runner: TorchModelRunner,
+    config: EngineConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"max_tokens": 9, "warmup_tokens": 3, "policies": ("static",)}
+    if says is None:
+        with caplog.at_level(logging.WARNING):
+            run(runner, config, answers, **options)
+        assert "have 6 tokens behind the warm-up" in caplog.text
+        return
+    monkeypatch.delattr(Passes, "in_full")  # nothing is measured before
+    with pytest.raises(ConfigError, match=says):
+        run(runner, config, answers, **options)
 
 
-def test_progress_is_told(runner: TorchModelRunner) -> None:
-    told: list[tuple[float, float]] = []
-    run(runner, Work(on_progress=lambda what, done, total: told.append((done, total))))
-    done, totals = zip(*told, strict=True)
-    assert done[0] == 0 < totals[0]
-    assert list(done) == sorted(done)
-    assert len(told) > 20, "a bar that hardly moves"
-    assert told[-1][0] == told[-1][1] > 0
+# Regions -----------------------------------------------------------------------------------------
+
+
+def test_cold_regions_can_be_given(runner: TorchModelRunner, config: EngineConfig) -> None:
+    given = run(runner, config, cold_start=2, cold_end=6, policies=("ffn_skip",))
+    assert (given.cold_start, given.cold_end) == (2, 6)
+    assert {point.region for point in given.ffn_skip} == {(2, 6)}
+    assert given.ffn_skip[-1].target_ratio <= 0.25, "three of twelve is what it reaches"
+    assert run(runner, config, cold_start=3, policies=("random",)).cold_start == 3
+    for wrong in ({"cold_start": 5, "cold_end": 6}, {"cold_end": NUM_LAYERS}):
+        with pytest.raises(ConfigError, match="between them"):
+            run(runner, config, **wrong)
+
+
+# Progress and interruptions ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_targets")
+def test_progress_moves_on_one_clock(runner: TorchModelRunner, config: EngineConfig) -> None:
+    told: list[tuple[str, float, float]] = []
+    run(runner, config, work=Work(on_progress=lambda *args: told.append(args)))
+    done = [done for _, done, _ in told]
+    assert done == sorted(done)
+    assert len(set(done)) > 50, "a bar that hardly moves"
+    shares = [done / total for _, done, total in told]
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    steps = [after - before for before, after in pairwise(shares)]
+    assert max(steps) < 0.2, "it leaps at its end"
+    assert sum(share > 0.97 for share in shares[:-1]) < 0.2 * len(shares), "it waits at its end"
 
 
 class InterruptedHereError(Exception):
     pass
 
 
+@pytest.mark.usefixtures("few_targets")
+@pytest.mark.parametrize("at", [("generate", 2), ("under", 5), ("under", 14)])
 def test_an_interrupted_calibration_goes_on_where_it_was(
-    runner: TorchModelRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: tuple[str, int],
+    runner: TorchModelRunner,
+    config: EngineConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, file = run(runner), tmp_path / "skip.yaml.partial"
-    counts: list[int] = []
-    probe_prefill = Probe.prefill
+    whole, file = run(runner, config), tmp_path / "skip.yaml.partial"
+    counts = {"generate": 0, "under": 0}
+    limits: list[tuple[str, int]] = [at]
+    engine_step, under = Engine.step, Passes.under
 
-    def prefill(self: Probe, *args: object) -> object:
-        counts[-1] += 1
-        if counts == [9]:
+    def count(what: str) -> None:
+        counts[what] += 1
+        if (what, counts[what]) in limits:
+            limits.clear()
             raise InterruptedHereError
-        return probe_prefill(self, *args)
 
-    monkeypatch.setattr(Probe, "prefill", prefill)
-    counts.append(0)
+    def counted_step(self: Engine) -> Any:
+        output = engine_step(self)
+        assert output is not None
+        for _ in output.outputs:
+            count("generate")
+        return output
+
+    def counted_under(self: Passes, *args: Any) -> Any:
+        count("under")
+        return under(self, *args)
+
+    monkeypatch.setattr(Engine, "step", counted_step)
+    monkeypatch.setattr(Passes, "under", counted_under)
     with pytest.raises(InterruptedHereError):
-        run(runner, Work(file, {"model": "a"}))
+        run(runner, config, work=Work(file, {"model": "a"}))
     with file.open("ab") as cut_off:
-        cut_off.write(b'["measure 1 5 0.')
-    counts.append(0)
-    assert run(runner, Work(file, {"model": "a"})) == whole
-    counts.append(0)
-    assert run(runner, Work(file, {"model": "a"})) == whole
-    assert counts[2] == 0, "all of it was done"
-    counts.append(0)
-    run(runner)
-    assert counts[1] <= counts[3] - 8, "what was done is done again"
+        cut_off.write(b'["search 1 5 0.')
+    interrupted, counts = counts, {"generate": 0, "under": 0}
+    assert run(runner, config, work=Work(file, {"model": "a"})) == whole
+    resumed, counts = counts, {"generate": 0, "under": 0}
+    assert run(runner, config, work=Work(file, {"model": "a"})) == whole
+    assert counts == {"generate": 0, "under": 0}, "all of it was done"
+    run(runner, config)
+    if at[0] == "under":
+        assert resumed["generate"] < counts["generate"], "answers are made once"
+        lost = resumed["under"] + interrupted["under"] - counts["under"]
+        assert lost <= calibration.SIDE_BY_SIDE, "what was done is done again"
 
 
-def test_what_another_calibration_has_done_is_not_taken(
-    runner: TorchModelRunner, tmp_path: Path
-) -> None:
+def test_what_another_calibration_has_done_is_not_taken(tmp_path: Path) -> None:
     file = tmp_path / "skip.yaml.partial"
     first = Work(file, {"model": "a"})
-    first.do("record 0", 1, lambda: 7, int)
+    first.do("record", 1, lambda: 7, int)
     assert Work(file, {"model": "a"}).num_kept == 1
     assert Work(file, {"model": "b"}).num_kept == 0
     assert Work(file, {"model": "a"}).num_kept == 0, "the file is the other's now"
-
-
-def test_cold_regions_can_be_given(runner: TorchModelRunner) -> None:
-    given = run(runner, cold_start=2, cold_end=6)
-    assert (given.cold_start, given.cold_end) == (2, 6)
-    assert {point.region for point in given.ffn_skip} == {(2, 6)}
-    assert given.ffn_skip[-1].target_ratio <= 0.25, "three of twelve is what it reaches"
-    assert run(runner, cold_start=3).cold_start == 3
-    for wrong in ({"cold_start": 5, "cold_end": 6}, {"cold_end": NUM_LAYERS}):
-        with pytest.raises(ConfigError, match="between them"):
-            run(runner, **wrong)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"max_num_seqs": 2}, "side by side"),
-        ({"warmup_tokens": 99}, "within the warm-up"),
-    ],
-)
-def test_calibration_that_cannot_work_is_refused(
-    runner: TorchModelRunner, changes: dict[str, int], says: str
-) -> None:
-    settings = {"warmup_tokens": 0, "max_num_seqs": 8} | changes
-    options = Options(max_tokens=6, warmup_tokens=settings["warmup_tokens"])
-    with pytest.raises(ConfigError, match=says):
-        calibrate(
-            runner,
-            prompts(2, 1),
-            prompts(2, 2),
-            options,
-            fingerprint="abc",
-            max_num_seqs=settings["max_num_seqs"],
-        )
-
-
-def test_a_measurement_of_nothing_is_no_profile(runner: TorchModelRunner) -> None:
-    beyond = [[1] * (runner.max_model_len - 2)]  # one token is decoded, in the warm-up
-    options = Options(max_tokens=6, warmup_tokens=2)
-    with pytest.raises(ConfigError, match="1 held-out prompts are too short"):
-        calibrate(runner, prompts(2, 1), beyond, options, fingerprint="abc")
-
-
-@torch.inference_mode()
-def test_an_answer_ends_where_the_context_does(runner: TorchModelRunner) -> None:
-    """The first token comes with the prompt, the last takes the last place: two are decoded."""
-    probe = Probe(runner, max_tokens=10**6, max_num_seqs=2)
-    seen = record(probe, [[1] * (runner.max_model_len - 3)], Work())
-    assert len(seen.similarities) == len(seen.generated) == seen.num_tokens == 2
-    with pytest.raises(ConfigError, match="leaves no room"):
-        record(probe, [[1] * (runner.max_model_len - 1)], Work())
-
-
-@torch.inference_mode()
-def test_many_tokens_are_thinned_out_and_all_of_them_counted(
-    runner: TorchModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    probe = Probe(runner, max_tokens=16, max_num_seqs=2)
-    every = record(probe, prompts(4, seed=1), Work())
-    monkeypatch.setattr("skipllm_core.calibration.measure.MAX_RECORDED_TOKENS", 25)  # of 64
-    third = record(probe, prompts(4, seed=1), Work())
-    assert third.num_tokens == every.num_tokens == 60
-    assert third.block_influence == every.block_influence
-    # Each group of two prompts has 30 tokens, of which it keeps the first and every third.
-    assert torch.equal(third.similarities, every.similarities[::3])
-    assert torch.equal(third.generated, every.generated[::3])
-
-
-@torch.inference_mode()
-def test_similarities_and_influences_are_those_of_transformers_hidden_states(
-    tmp_path: Path,
-) -> None:
-    oracle = make_oracle("llama3", num_hidden_layers=4)
-    oracle.save_pretrained(tmp_path)
-    runner = TorchModelRunner(engine_config(tmp_path, load_format="auto"))
-    prompt = prompts(3, seed=4)[2]
-    seen = record(Probe(runner, max_tokens=9, max_num_seqs=1), [prompt], Work())
-    whole = oracle.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)
-    attended: list[torch.Tensor] = []
-    for layer in oracle.model.layers:  # what the FFN's norm gets is the residual before the FFN
-        layer.post_attention_layernorm.register_forward_pre_hook(
-            lambda module, args: attended.append(args[0])
-        )
-    # hidden_states[l] is what goes into layer l; the last one is normed, so it is left out.
-    states = oracle(whole, output_hidden_states=True).hidden_states
-    decoded = slice(len(prompt), len(prompt) + seen.num_tokens)
-    for layer in range(3):
-        before, after = states[layer][0, decoded], states[layer + 1][0, decoded]
-        cosines = torch.cosine_similarity(attended[layer][0, decoded], after, dim=-1)
-        assert torch.allclose(seen.similarities[:, layer], cosines, atol=1e-5)
-        influence = 1 - torch.cosine_similarity(before, after, dim=-1).mean()
-        assert seen.block_influence[layer] == pytest.approx(float(influence), abs=1e-5)
-
-
-def test_the_region_of_the_lowest_kl_is_taken(
-    runner: TorchModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here, the one whose size is nearest to 5: the costs are made up."""
-
-    def cost(probe: Probe, of: object, skip: SkipParams, work: Work) -> float:
-        return abs(skip.cold_end - skip.cold_start - 5)
-
-    monkeypatch.setattr("skipllm_core.calibration.calibrate.forced_kl", cost)
-    points = run(runner, max_tokens=16).ffn_skip
-    sizes = {p.target_ratio: p.region[1] - p.region[0] for p in points}
-    compared = {0.05: (2, 3, 4), 0.15: (3, 4, 5), 0.25: (4, 5, 6), 0.5: (7, 8, 9)}
-    known = sizes.keys() & compared.keys()
-    assert len(known) >= 2
-    for target in known:
-        nearest = min(abs(size - 5) for size in compared[target])
-        assert abs(sizes[target] - 5) == nearest

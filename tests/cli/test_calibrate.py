@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -6,13 +8,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from server.cli.app import app
-from server.cli.calibrate import TEXT_PROMPT_TOKENS, built_in_prompts, read_prompts
+from server.cli.calibrate import (
+    TEXT_PROMPT_TOKENS,
+    built_in_prompts,
+    parse_policies,
+    read_answers,
+    read_prompts,
+)
 from server.settings import SettingsError
+from skipllm_core.calibration.answers import Answer
 from skipllm_core.calibration.prompts import BUILT_IN
 from skipllm_core.demo import MODEL_DIR
 from skipllm_core.errors import InvalidRequestError
 from skipllm_core.model.fingerprint import model_fingerprint
-from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.profile import MEASURED_POLICIES, SkipProfile
 from skipllm_core.tokenizer import ByteTokenizer
 from tests.cli.test_app import skipllm
 
@@ -80,6 +89,56 @@ def test_what_cannot_be_read_or_written_is_told_before_the_measurement(tmp_path:
         read_prompts(missing, ByteTokenizer())
 
 
+IDS = '{"prompt_ids": [1, 2], "answer_ids": [3, 4]}'
+
+
+def test_answers_are_chats_texts_or_ids_one_per_line(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "and?"},
+    ]
+    chat = {"messages": [*turns, {"role": "assistant", "content": "<s>bye"}]}
+    file.write_text(f'{json.dumps(chat)}\n\n{{"prompt": "a", "answer": "bc"}}\n{IDS}\n')
+    tokenizer = ByteTokenizer()
+    assert list(read_answers(file, tokenizer)) == [
+        Answer(tokenizer.encode_chat(turns), list(b"<s>bye")),
+        Answer(tokenizer.encode("a"), list(b"bc")),
+        Answer([1, 2], [3, 4]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        CHAT,
+        '{"prompt": "a"}',
+        '{"prompt": "a", "answer": ""}',
+        '{"prompt": "a", "answer": "b", "prompt_ids": [1], "answer_ids": [1]}',
+        '{"prompt_ids": [1]}',
+        '{"prompt_ids": [1], "answer_ids": []}',
+        '{"prompt_ids": [-1], "answer_ids": [1]}',
+        '{"prompt_ids": [99999999999999999999], "answer_ids": [1]}',
+        '{"messages": []}',
+        '{"messages": [{"role": "assistant"}]}',
+    ],
+)
+def test_a_bad_line_of_answers_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(f"{IDS}\n{line}\n")
+    with pytest.raises(SettingsError, match=r"answers\.jsonl, line 2: "):
+        list(read_answers(file, ByteTokenizer()))
+
+
+def test_policies_are_named_with_commas() -> None:
+    assert parse_policies("neurons, static,neurons") == ("neurons", "static")
+    for wrong in ("", "never", "neurons,", "all"):
+        with pytest.raises(SettingsError, match=r"--policies '\w*': not one of ffn_skip, neurons"):
+            parse_policies(wrong)
+
+
 @pytest.mark.slow
 def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,6 +154,8 @@ def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
         "1",
         "--num-threads",
         "1",
+        "--policies",
+        "ffn_skip,neurons",
     ]
     result = CliRunner().invoke(app, [*command, "--cold-start", "0", "--cold-end", "4"])
     assert result.exit_code == 0, result.output
@@ -104,7 +165,8 @@ def test_the_embedded_model_is_calibrated_with_prompts_of_its_own(
     for layer, same in zip(profile.similarity, shipped.similarity, strict=True):
         assert layer.mean == pytest.approx(same.mean, abs=0.1)
         assert layer.block_influence == pytest.approx(same.block_influence, abs=0.1)
-    assert [point.region for point in profile.ffn_skip] == [(0, 4)] * len(profile.ffn_skip)
+    assert {point.region for point in profile.ffn_skip} == {(0, 4)}
+    assert profile.neurons
 
 
 @pytest.mark.slow
@@ -123,10 +185,21 @@ def test_calibrate_writes_a_profile_of_the_model(dummy_model: Path, tmp_path: Pa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((dummy_model / name).read_bytes())
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(f'{{"prompt": "number {n}"}}' for n in range(5)))
+    prompts.write_text("\n".join(f'{{"prompt": "number {n}"}}' for n in range(4)))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(f'{{"prompt": "number 5", "answer": "{"so it is " * 3}"}}')
     out = tmp_path / "skip.yaml"
     run = skipllm(
-        *("calibrate", str(tmp_path), "--prompts", str(prompts), "--out", str(out)),
+        *(
+            "calibrate",
+            str(tmp_path),
+            "--prompts",
+            str(prompts),
+            "--answers",
+            str(answers),
+            "--out",
+            str(out),
+        ),
         *("--max-tokens", "12", "--warmup-tokens", "2", "--num-threads", "1"),
     )
     assert run.returncode == 0, run.stderr
@@ -134,7 +207,11 @@ def test_calibrate_writes_a_profile_of_the_model(dummy_model: Path, tmp_path: Pa
     profile.check_model(model_fingerprint(tmp_path))
     assert profile.warmup_tokens == 2
     assert profile.num_layers == 6
-    assert f"{profile.ffn_skip[0].threshold:.6f}" in run.stderr
+    assert profile.num_prompts == 3
+    for policy in MEASURED_POLICIES:
+        point = profile.points(policy)[0]
+        row = rf"{policy} +{point.target_ratio:.0%} +{point.skipped_ffn_share:.1%}"
+        assert re.search(row, run.stderr)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert f"--skip-profile {out}" in run.stderr.replace("\n", "")
     assert not list(tmp_path.glob("*.partial"))

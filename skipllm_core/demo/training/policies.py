@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from skipllm_core.calibration.answers import Answer
 from skipllm_core.calibration.calibrate import HELD_OUT_EVERY
+from skipllm_core.calibration.generate import complete
 from skipllm_core.calibration.measure import measure
-from skipllm_core.calibration.probe import Probe
+from skipllm_core.calibration.passes import Passes
 from skipllm_core.calibration.work import Work
 from skipllm_core.config import EngineConfig
 from skipllm_core.demo import MODEL_DIR
@@ -61,26 +63,29 @@ def main() -> None:
     tokenizer = HFTokenizer(MODEL_DIR)
     chats = islice(prompts(), NUM_PROMPTS)
     held_out = [tokenizer.encode_chat(messages) for messages in chats][::HELD_OUT_EVERY]
-    runner = TorchModelRunner(EngineConfig(model_dir=MODEL_DIR))
-    probe = Probe(runner, max_tokens=128, max_num_seqs=48)
+    config = EngineConfig(model_dir=MODEL_DIR)
+    runner = TorchModelRunner(config)
     table = Table(
-        "policy", "token skip", "weight skip, 8 rows", "top-1", "KL", "perplexity",
+        "policy", "weights left out", "reads spared, 8 rows", "top-1", "KL", "perplexity",
         "% of tokens that skip layer 0, 1, ...",
     )  # fmt: skip
     wanted = list(settings(profile, args.ratios, args.layers))
-    for name, skip in track(wanted, "measuring", console=Console(stderr=True)):
-        with torch.inference_mode():
-            found = measure(probe, held_out, skip, Work())
-        shares = [count / found.num_free_tokens for count in found.skipped_layers]
-        table.add_row(
-            name,
-            f"{found.token_skip_ratio:.3f}",
-            f"{found.weight_skip_ratio(8):.3f}",
-            f"{found.top1_agreement:.1%}",
-            f"{found.kl:.4f}",
-            f"{found.perplexity_change:+.1%}",
-            " ".join(f"{100 * share:.0f}" for share in shares),
-        )
+    with torch.inference_mode():
+        unanswered = [Answer(prompt_ids, []) for prompt_ids in held_out]
+        passes = Passes(runner)
+        groups = passes.add(complete(runner, config, unanswered, 128, Work()))
+        for name, skip in track(wanted, "measuring", console=Console(stderr=True)):
+            (found,) = measure(passes, groups, [skip])
+            shares = [count / found.num_tokens for count in found.skipped_layers]
+            table.add_row(
+                name,
+                f"{found.skipped_ffn_share:.3f}",
+                f"{found.weight_skip_ratio[8]:.3f}",
+                f"{found.top1_agreement:.1%}",
+                f"{found.kl:.4f}",
+                f"{found.perplexity_change:+.1%}",
+                " ".join(f"{100 * share:.0f}" for share in shares),
+            )
     Console(file=sys.stdout, width=130).print(table)
 
 
