@@ -37,7 +37,13 @@ def resolve_model(name_or_path: str, *, revision: str | None = None) -> Path:
     Raises ConfigError when there is no such directory and the hub has none either or cannot be
     reached, and UnsupportedModelError for a file that is not supported.
     """
-    return _resolve(name_or_path, revision, _ALLOWED)
+    directory = _resolve(name_or_path, revision, _ALLOWED)
+    if not (directory / "config.json").exists() and not os.path.exists(name_or_path):
+        raise ConfigError(
+            f"{name_or_path}: no config.json there; of a repository of GGUF files, name one: "
+            f"{name_or_path}/FILE.gguf"
+        )
+    return directory
 
 
 def resolve_tokenizer(name_or_path: str) -> Path:

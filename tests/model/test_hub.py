@@ -46,6 +46,7 @@ def test_of_a_hub_repository_neither_pickles_nor_code_are_fetched(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "config.json").touch()
     assert resolve_model("org/name") == tmp_path
     assert (asked.pop("repo_id"), asked.pop("revision")) == ("org/name", None)
     repository = [
@@ -68,10 +69,22 @@ def test_of_a_hub_repository_neither_pickles_nor_code_are_fetched(
     assert list(filter_repo_objects(repository, **asked)) == repository[:3]
 
 
+def test_of_a_repository_of_gguf_files_one_is_to_be_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"org/name: no config\.json there; .*org/name/FILE\.gguf"
+    ):
+        resolve_model("org/name")
+
+
 def test_a_revision_is_the_hubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def snapshot_download(repo_id: str, *, revision: str | None, **options: Any) -> str:
         if revision == "absent":
             raise OSError("404")
+        (tmp_path / str(revision)).mkdir()
+        (tmp_path / str(revision) / "config.json").touch()
         return str(tmp_path / str(revision))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
