@@ -56,7 +56,7 @@ def test_an_answer_bears_what_was_skipped(client: OpenAI) -> None:
     assert answer.choices[0].message.tool_calls is None
     assert answer.usage is not None
     assert answer.usage.model_extra is not None
-    assert answer.usage.model_extra["skip"]["skipped_ffn_blocks"] > 0
+    assert answer.usage.model_extra["skip"]["skipped_ffn_share"] > 0
 
 
 async def test_the_asynchronous_client_streams_the_same_text(embedded: Served) -> None:

@@ -73,7 +73,7 @@ def test_a_stream_says_what_a_whole_answer_does(served: Served) -> None:
     assert len(deltas) > 3
     assert "".join(deltas) == whole["choices"][0]["message"]["content"]
     assert "Paris" in "".join(deltas)
-    assert whole["usage"]["skip"]["skipped_ffn_blocks"] > 0
+    assert whole["usage"]["skip"]["skipped_ffn_share"] > 0
     assert chunks[-1]["usage"]["skip"] == whole["usage"]["skip"]
 
 

@@ -27,25 +27,35 @@ def chat(demo: Served, **body: Any) -> dict[str, Any]:
     return result
 
 
-def test_the_banner_tells_the_address_and_a_curl_to_copy(demo: Served) -> None:
+def test_the_banner_tells_the_address_a_curl_to_copy_and_what_skipping_costs(demo: Served) -> None:
     assert demo.url in demo.log
     assert "curl" in demo.log
     assert "/v1/chat/completions" in demo.log
+    assert "auto chose " in demo.log
+    assert "there its profile has a top-1 agreement of 0.9" in demo.log
 
 
 def test_a_question_is_answered_with_its_skip_ratio_in_the_usage(demo: Served) -> None:
     answer = chat(demo)
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert answer["choices"][0]["finish_reason"] == "stop"
-    skip = answer["usage"]["skip"]
+    assert 0 < answer["usage"]["skip"]["skipped_ffn_share"] < 1
+
+
+@pytest.mark.parametrize("policy", ["ffn_skip", "static"])
+def test_under_a_policy_of_blocks_the_share_is_that_of_whole_blocks(
+    demo: Served, policy: str
+) -> None:
+    skip = chat(demo, skip={"policy": policy, "ratio": 0.25})["usage"]["skip"]
     assert 0 < skip["skipped_ffn_blocks"] <= skip["total_ffn_blocks"]
+    assert skip["skipped_ffn_share"] == skip["token_skip_ratio"]
     ratio = skip["skipped_ffn_blocks"] / skip["total_ffn_blocks"]
     assert skip["token_skip_ratio"] == pytest.approx(ratio, abs=1e-4)
 
 
 def test_skipping_can_be_turned_off_per_request(demo: Served) -> None:
     answer = chat(demo, skip={"policy": "off"})
-    assert answer["usage"]["skip"]["skipped_ffn_blocks"] == 0
+    assert answer["usage"]["skip"]["skipped_ffn_share"] == 0
     assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
@@ -108,7 +118,7 @@ def test_curl_shows_the_answer_as_it_is_generated(demo: Served) -> None:
     text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
     assert "fox" in text.lower()
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["skip"]["token_skip_ratio"] > 0
+    assert chunks[-1]["usage"]["skip"]["skipped_ffn_share"] > 0
 
 
 def test_the_openai_client_gets_the_same_text_streaming_and_not(demo: Served) -> None:
@@ -173,7 +183,7 @@ def test_the_metrics_tell_what_the_client_counted(demo: Served) -> None:
     generated = sum(usage["completion_tokens"] for usage in usages)
     skipped = sum(usage["skip"]["skipped_ffn_blocks"] for usage in usages)
     total = sum(usage["skip"]["total_ffn_blocks"] for usage in usages)
-    ratios = sum(usage["skip"]["token_skip_ratio"] for usage in usages)
+    ratios = sum(usage["skip"]["skipped_ffn_share"] for usage in usages)
     assert counted == pytest.approx(
         {
             "skipllm_prompt_tokens_total": sum(usage["prompt_tokens"] for usage in usages),
