@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import tokenizers
 
+from skipllm_core.errors import ConfigError
 from skipllm_core.model.gguf.config import generation_config, model_config
 from skipllm_core.model.gguf.header import Header, read_header
 from skipllm_core.model.gguf.tokenizer import chat_templates, tokenizer_config, tokenizer_json
@@ -31,28 +34,24 @@ def directory_of_gguf(path: Path) -> Path:
     """The model directory of a GGUF file, made once and kept in the user's cache: until the file
     changes. Where the cache cannot be written, it is a temporary one of this process.
 
-    Raises UnsupportedModelError, as it stands in one line, for a file that cannot be served.
+    Raises UnsupportedModelError, in one line, for a file that cannot be served, and ConfigError
+    where nothing can be written at all.
     """
     path = Path(os.path.abspath(path))
-    root = user_cache_dir() / "gguf"
-    directory = root / _name(path)
-    if (directory / "config.json").is_file():
+    directory = user_cache_dir() / "gguf" / _name(path)
+    if os.path.isfile(directory / "config.json"):
         return directory
     files = _files(read_header(path))
+    made = directory.with_name(f".new-{secrets.token_hex(8)}")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=root, prefix=".new-"))
-    except OSError as error:
-        logger.warning("%s: cannot be written: %s", root, error.strerror)
-        return _temporary(path, files)
-    try:
+        made.mkdir(parents=True)
         _write(made, path, files)
         made.rename(directory)  # all of it or nothing, whoever looks
     except OSError as error:
         shutil.rmtree(made, ignore_errors=True)
-        if (directory / "config.json").is_file():  # another process was faster
+        if os.path.isfile(directory / "config.json"):  # another process was faster
             return directory
-        logger.warning("%s: cannot be written: %s", directory, error.strerror)
+        logger.warning("%s cannot be written: %s", directory, error.strerror)
         return _temporary(path, files)
     return directory
 
@@ -67,15 +66,25 @@ def _name(path: Path) -> str:
     try:
         state = path.stat()
     except OSError:
-        return f"{path.stem}-absent"  # reading it says why
+        return f"{_stem(path)}-absent"  # reading it says why
     identity = (_FORM, str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    return f"{path.stem[:100]}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+    return f"{_stem(path)}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)[:80]
 
 
 def _temporary(path: Path, files: dict[str, str]) -> Path:
-    made = Path(tempfile.mkdtemp(prefix=f"{path.stem[:100]}-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    _write(made, path, files)
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f"{_stem(path)}-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        _write(made, path, files)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: there is no place for its config and tokenizer (see XDG_CACHE_HOME and "
+            f"TMPDIR): {error.strerror or error}"
+        ) from error
     return made
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,23 @@ def test_without_a_cache_it_is_a_temporary_one_of_the_process(file: Path, tmp_pa
     assert num_layers == "1"
     assert list(temporary.iterdir()) == [], "it goes with the process"
     assert "cannot be written" in run.stderr
+
+
+def test_where_nothing_can_be_written_it_is_one_line(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(cache / "none"))
+    with pytest.raises(ConfigError, match="no place for its config and tokenizer") as caught:
+        resolve_model(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_any_name_of_a_file_will_do(tmp_path: Path, cache: Path) -> None:
+    file = tiny(tmp_path / ("模型 " * 20 + ".Q4 \\.gguf"))
+    made = resolve_model(str(file))
+    assert made.is_relative_to(cache)
+    assert load_model_config(made).num_layers == 1
 
 
 def test_a_directory_with_one_file_is_that_file(file: Path) -> None:
