@@ -13,6 +13,7 @@ BenchPolicy = Literal["never", "ffn_skip", "neurons", "forced", "mixed"]
 
 UNREACHABLE = 1.01  # a similarity that no token has
 DEFAULT_FORCED_RATIOS = (0.1, 0.25, 0.4)
+MAX_NEURON_SHARE = 0.66  # of the FFN weights: the gates, a third, are always read
 NEVER = SkipParams(policy="never")
 
 
@@ -22,7 +23,9 @@ class Case:
 
     never           every FFN block
     ffn_skip        the adaptive gate under `skip`
-    neurons         the neurons that `skip` leaves out
+    neurons         the neurons that `skip` leaves out; with a `neuron_share`, those below
+                    thresholds that leave out about this share of a row's FFN weights: each row by
+                    itself, or the rows together
     forced, mixed   row r skips `forced_skips[r]` FFN blocks: all rows as many, or not
     """
 
@@ -32,6 +35,8 @@ class Case:
     skip: SkipParams = NEVER
     skip_ratio: float | None = None  # that `skip` was asked for; None: that nothing be skipped
     forced_skips: tuple[int, ...] = ()
+    neuron_share: float | None = None
+    is_joint: bool = False
 
     @property
     def label(self) -> str:
@@ -41,6 +46,8 @@ class Case:
             return f"forced {self.forced_skips[0]}"
         if self.policy == "mixed":
             return f"mixed {min(self.forced_skips)}-{max(self.forced_skips)}"
+        if self.neuron_share is not None:
+            return f"{'joint' if self.is_joint else 'forced'} neurons {self.neuron_share:.0%}"
         if self.skip_ratio is not None:
             return f"{self.policy} {self.skip_ratio:.0%}"
         return "gate only" if self.policy == "ffn_skip" else self.policy
@@ -55,6 +62,7 @@ def make_cases(
     has_mixed: bool = False,
     skips: Sequence[tuple[float, SkipParams]] = (),
     neurons: Sequence[tuple[float, SkipParams]] = (),
+    neuron_shares: Sequence[float] = (),
     compare: bool = False,
 ) -> list[Case]:
     """`never` is always measured: the others are told against it. `skips` has the ratios asked of
@@ -93,6 +101,11 @@ def make_cases(
                 Case(batch=batch, policy="forced", forced_skips=(count,) * batch)
                 for count in dict.fromkeys(forced_skips)
             ]
+        cases += [
+            Case(batch=batch, policy="neurons", neuron_share=share, is_joint=is_joint)
+            for share in neuron_shares
+            for is_joint in ((False, True) if batch > 1 else (False,))
+        ]
         if has_mixed and batch > 1:
             spread = mixed_skips(batch, num_layers)
             cases.append(Case(batch=batch, policy="mixed", forced_skips=spread))

@@ -13,16 +13,18 @@ from torch import nn
 from skipllm_core.bench.bandwidth import synchronize
 from skipllm_core.bench.cases import Case, forced_layers
 from skipllm_core.bench.measurement import DecodeMeasurement, Tally, measurement
+from skipllm_core.bench.neurons import neuron_rule
 from skipllm_core.bench.roofline import StepBytes, WeightBytes, weight_bytes
 from skipllm_core.bench.sequences import SequencePool, append, sampled
 from skipllm_core.engine.runner import Batch, ScheduledSeq, StepResult
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.sequence import Sequence as Seq
-from skipllm_core.skip.policy import ForcedGate
+from skipllm_core.skip.policy import ForcedGate, RowGate, SkipGate
 
 if TYPE_CHECKING:
     from skipllm_core.bench.compare import TransformersModel
 
+SCORED_TOKENS = 64  # of a prompt, from which thresholds of neurons are taken
 TURN_STEPS = 8  # short turns: what else the machine does for a while then hits all cases alike
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -70,6 +72,11 @@ class DecodeBench:
         self._pool = SequencePool(
             runner, prompts, self._ours, max_tokens=steps + 1, chunk_tokens=chunk_tokens
         )
+        self._neuron_rules = {
+            share: neuron_rule(runner.model, prompts[0][:SCORED_TOKENS], share)
+            for share in {case.neuron_share for case in cases}
+            if share is not None
+        }
 
     def run(
         self, read_bytes_per_s: float, on_progress: OnProgress = no_progress
@@ -114,22 +121,28 @@ class DecodeBench:
         return self._tallies[case].tokens
 
     def _turn(self, case: Case, seqs: Sequence[Seq], num_steps: int) -> None:
-        mask = _mask(case, self._runner.num_layers)
-        self._step(seqs, mask)  # what the case before it left in the caches is gone; not counted
+        # Not counted: what the case before it left in the caches is gone.
+        self._step(seqs, self._gate(case))
         for _ in range(num_steps):
-            result, step_s = self._step(seqs, mask)
+            result, step_s = self._step(seqs, self._gate(case))
             for seq, row in zip(seqs, result.rows, strict=True):
                 append(seq, sampled(row.token_id))
             self._tallies[case].count(result, step_s)
 
-    def _step(
-        self, seqs: Sequence[Seq], mask: Sequence[Sequence[bool]] | None
-    ) -> tuple[StepResult, float]:
+    def _gate(self, case: Case) -> SkipGate | None:
+        """Of one step; None: the one that the sequences' settings give."""
+        if case.neuron_share is not None:
+            rules = [self._neuron_rules[case.neuron_share]] * case.batch
+            return RowGate(rules, leaves_out_together=case.is_joint)
+        mask = _mask(case, self._runner.num_layers)
+        return None if mask is None else ForcedGate(mask)
+
+    def _step(self, seqs: Sequence[Seq], gate: SkipGate | None) -> tuple[StepResult, float]:
         """Decodes the newest tokens; repeated, it writes the same K/V again."""
         batch = Batch("decode", tuple(ScheduledSeq(seq, 1) for seq in seqs))
         synchronize(self._device)
         start = time.perf_counter()
-        result = self._runner.run(batch, None if mask is None else ForcedGate(mask))
+        result = self._runner.run(batch, gate)
         return result, time.perf_counter() - start  # the tokens are on the host: all is done
 
     def _their_turn(self, case: Case) -> None:

@@ -90,6 +90,20 @@ def test_neurons_left_out_are_told_as_a_share_of_the_weights(model_dir: Path) ->
     assert neurons.ideal_speedup > 1
 
 
+def test_neurons_are_left_out_at_the_share_that_is_forced(model_dir: Path) -> None:
+    runner = TorchModelRunner(engine_config(model_dir, max_num_seqs=32))
+    cases = make_cases(NUM_LAYERS, batches=[1, 4], policies=[], neuron_shares=[0.3])
+    _, alone, _, each, together = measure(runner, cases)
+    assert [one.label for one in (alone, each, together)] == [
+        *("forced neurons 30%", "forced neurons 30%", "joint neurons 30%")
+    ]
+    for found in (alone, each, together):
+        assert found.skipped_ffn_share == pytest.approx(0.3, abs=0.05)
+    assert alone.weight_skip_ratio == pytest.approx(alone.skipped_ffn_share)
+    assert together.weight_skip_ratio == pytest.approx(together.skipped_ffn_share)
+    assert each.weight_skip_ratio < each.skipped_ffn_share / 2
+
+
 def test_taking_turns_changes_no_text(model_dir: Path) -> None:
     config = engine_config(model_dir, max_num_seqs=32)
     skip = SkipParams(policy="ffn_skip", threshold=0, warmup_tokens=0, cold_start=1, cold_end=5)
@@ -232,6 +246,7 @@ def test_the_embedded_model_skips_by_its_own_profile(tmp_path: Path) -> None:
         (["--policies", "static"], "--policies: must be of never, ffn_skip, forced"),
         (["--shape", "3b"], "--shape: must be one of 163m, "),
         (["skipllm-demo", "--shape", "163m"], "give a MODEL or --shape, not both"),
+        (["--neuron-share", "0.7"], "--neuron-share: must be above 0, and 0.66 at most"),
         (["--skip-ratio", "0.2"], "random weights have no skip profile"),
         (["--policies", "neurons"], "--policies neurons needs the model's skip profile"),
         (["skipllm-demo", "--skip-ratio", "0.9"], "--skip-ratio: skip.ratio 0.9 is out of reach"),

@@ -12,6 +12,7 @@ from server.cli.bench.flags import Peer, check_surroundings, names, numbers
 from server.cli.options import takes_settings, told_in_one_line
 from server.settings import EMBEDDED_MODEL_NAME, Settings, SettingsError
 from server.settings_sources import load_settings
+from skipllm_core.bench.cases import MAX_NEURON_SHARE
 from skipllm_core.bench.shapes import DEFAULT_SHAPE, SHAPE_NAMES
 from skipllm_core.skip.resolve import DEFAULT_SKIP_RATIO
 
@@ -81,6 +82,15 @@ def decode(
             "too. Default: 10, 25 and 40 % of them.",
         ),
     ] = None,
+    neuron_share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT,..",
+            help="Shares of the FFN weights to leave out neuron by neuron, as random weights can "
+            "be measured too: each row by itself, and several rows together. The thresholds are "
+            "quantiles of the model's own scores.",
+        ),
+    ] = None,
     mixed_triggers: Annotated[
         bool,
         typer.Option(
@@ -119,6 +129,9 @@ def decode(
         wanted = names("--policies", policies, _WITH_NEURONS)
         forced = None if forced_skip is None else numbers("--forced-skip", forced_skip, int)
         ratios = None if skip_ratio is None else numbers("--skip-ratio", skip_ratio, float)
+        shares = [] if neuron_share is None else numbers("--neuron-share", neuron_share, float)
+        if not all(0 < share <= MAX_NEURON_SHARE for share in shares):
+            raise SettingsError(f"--neuron-share: must be above 0, and {MAX_NEURON_SHARE} at most")
         check_surroundings(compare, plot, json_file)
         _settle_openmp(settings.num_threads)
 
@@ -135,6 +148,7 @@ def decode(
             forced_skips=forced,
             has_mixed=mixed_triggers,
             skip_ratios=ratios,
+            neuron_shares=shares,
             prompts_file=prompts,
             compare=compare is not None,
             json_file=json_file,

@@ -64,6 +64,7 @@ def run_decode(
     forced_skips: Sequence[int] | None,
     has_mixed: bool,
     skip_ratios: Sequence[float] | None,
+    neuron_shares: Sequence[float],
     prompts_file: Path | None,
     compare: bool,
     json_file: Path | None,
@@ -85,6 +86,7 @@ def run_decode(
             has_mixed=has_mixed,
             skips=skips.get("ffn_skip", ()),
             neurons=skips.get("neurons", ()),
+            neuron_shares=neuron_shares,
             compare=compare,
         )
         prompts = _prompts(settings, config, prompts_file, max(batches), context)

@@ -6,10 +6,12 @@
 #include <string.h>
 
 #include "feed_forward.h"
+#include "memory.h"
 
 #define CHUNK MAX_POSITIONS /* of an item of attention; fixed, so that sums do not vary */
 
 struct Decoder {
+    Memory memory;
     Shape shape;
     Workers workers;
     FeedForward *ffn;
@@ -29,13 +31,6 @@ static int64_t max_chunks(const Shape *shape) {
     return (shape->block_size * shape->max_blocks + CHUNK - 1) / CHUNK;
 }
 
-/* `num` elements of `bytes` each, all 0; NULL makes *is_complete false. */
-static void *zeros(int64_t num, size_t bytes, bool *is_complete) {
-    void *buffer = calloc((size_t)num, bytes);
-    *is_complete = *is_complete && buffer != NULL;
-    return buffer;
-}
-
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -52,24 +47,24 @@ Decoder *decoder_new(const Shape *shape, const float *cos, const float *sin, int
     int64_t num_partial = rows * max_chunks(shape) * heads;
     decoder->ffn = feed_forward_new(shape->hidden, shape->inner, rows, num_threads);
     Pool *pool = pool_new(num_threads);
-    bool is_complete = pool != NULL && decoder->ffn != NULL;
-    decoder->positions = zeros(rows, sizeof(int64_t), &is_complete);
-    decoder->block_tables = zeros(rows * shape->max_blocks, sizeof(int32_t), &is_complete);
-    decoder->h = zeros(rows * shape->hidden, sizeof(float), &is_complete);
-    decoder->x = zeros(rows * shape->hidden, sizeof(float), &is_complete);
-    decoder->qkv = zeros(rows * qkv_size, sizeof(float), &is_complete);
-    decoder->mixed = zeros(rows * heads * head_dim, sizeof(float), &is_complete);
+    Memory *memory = &decoder->memory;
+    decoder->positions = memory_zeros(memory, rows, sizeof(int64_t));
+    decoder->block_tables = memory_zeros(memory, rows * shape->max_blocks, sizeof(int32_t));
+    decoder->h = memory_zeros(memory, rows * shape->hidden, sizeof(float));
+    decoder->x = memory_zeros(memory, rows * shape->hidden, sizeof(float));
+    decoder->qkv = memory_zeros(memory, rows * qkv_size, sizeof(float));
+    decoder->mixed = memory_zeros(memory, rows * heads * head_dim, sizeof(float));
     decoder->workers = (Workers){
         simd_best(),
         pool,
-        zeros(rows * widest, sizeof(int16_t), &is_complete),
-        zeros(rows, sizeof(float), &is_complete),
+        memory_zeros(memory, rows * widest, sizeof(int16_t)),
+        memory_zeros(memory, rows, sizeof(float)),
     };
-    decoder->weights = zeros(num_threads * group * CHUNK, sizeof(float), &is_complete);
-    decoder->maxima = zeros(num_partial, sizeof(float), &is_complete);
-    decoder->sums = zeros(num_partial, sizeof(float), &is_complete);
-    decoder->partial = zeros(num_partial * head_dim, sizeof(float), &is_complete);
-    if (is_complete) return decoder;
+    decoder->weights = memory_zeros(memory, num_threads * group * CHUNK, sizeof(float));
+    decoder->maxima = memory_zeros(memory, num_partial, sizeof(float));
+    decoder->sums = memory_zeros(memory, num_partial, sizeof(float));
+    decoder->partial = memory_zeros(memory, num_partial * head_dim, sizeof(float));
+    if (pool != NULL && decoder->ffn != NULL && !memory->is_short) return decoder;
     decoder_free(decoder);
     return NULL;
 }
@@ -77,11 +72,7 @@ Decoder *decoder_new(const Shape *shape, const float *cos, const float *sin, int
 void decoder_free(Decoder *decoder) {
     if (decoder->workers.pool != NULL) pool_free(decoder->workers.pool);
     if (decoder->ffn != NULL) feed_forward_free(decoder->ffn);
-    void *buffers[] = {decoder->positions, decoder->block_tables,      decoder->h,
-                       decoder->x,         decoder->qkv,               decoder->mixed,
-                       decoder->weights,   decoder->workers.quantized, decoder->workers.scales,
-                       decoder->maxima,    decoder->sums,              decoder->partial};
-    for (size_t i = 0; i < sizeof(buffers) / sizeof(buffers[0]); i++) free(buffers[i]);
+    memory_free(&decoder->memory);
     free(decoder);
 }
 

@@ -15,6 +15,8 @@
  */
 #include "feed_forward.h"
 
+#include "memory.h"
+
 #include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -26,6 +28,7 @@
 #define NUM_GROUPS 8
 
 struct FeedForward {
+    Memory memory;
     int64_t hidden, inner, max_rows;
     int64_t segment; /* neurons of one */
     int64_t num_segments, group;    /* segments of one */
@@ -60,41 +63,26 @@ FeedForward *feed_forward_new(int64_t hidden, int64_t inner, int64_t max_rows, i
     /* The integers of a group's sum fit 32 bits. */
     ffn->group = smaller(parts_of(ffn->num_segments, NUM_GROUPS), INT8_SUM_MAX / ffn->segment);
     ffn->item_outputs_max = most_outputs_per_item(hidden, inner);
-    int64_t size = max_rows * hidden;
-    ffn->act = calloc((size_t)(max_rows * inner), sizeof(float));
-    ffn->up = calloc((size_t)(num_threads * max_rows * ffn->item_outputs_max), sizeof(float));
-    ffn->sums = calloc((size_t)(ffn->num_segments * size), sizeof(int32_t));
-    ffn->own = calloc((size_t)(num_threads * size), sizeof(int32_t));
-    ffn->num_added =
-        calloc((size_t)parts_of(ffn->num_segments, ffn->group), sizeof(*ffn->num_added));
-    ffn->wanted = calloc((size_t)inner, sizeof(int32_t));
-    ffn->listed = calloc((size_t)inner, sizeof(int32_t));
-    ffn->gone = calloc((size_t)inner, sizeof(int32_t));
-    ffn->together = calloc((size_t)inner, sizeof(float));
-    ffn->keys = calloc((size_t)inner, sizeof(uint32_t));
-    ffn->segment_starts = calloc((size_t)(ffn->num_segments + 1), sizeof(int32_t));
-    if (ffn->act != NULL && ffn->up != NULL && ffn->sums != NULL && ffn->own != NULL &&
-        ffn->num_added != NULL && ffn->wanted != NULL && ffn->listed != NULL &&
-        ffn->gone != NULL && ffn->together != NULL && ffn->keys != NULL &&
-        ffn->segment_starts != NULL) {
-        return ffn;
-    }
+    int64_t size = max_rows * hidden, num_groups = parts_of(ffn->num_segments, ffn->group);
+    Memory *memory = &ffn->memory;
+    ffn->act = memory_zeros(memory, max_rows * inner, sizeof(float));
+    ffn->up = memory_zeros(memory, num_threads * max_rows * ffn->item_outputs_max, sizeof(float));
+    ffn->sums = memory_zeros(memory, ffn->num_segments * size, sizeof(int32_t));
+    ffn->own = memory_zeros(memory, num_threads * size, sizeof(int32_t));
+    ffn->num_added = memory_zeros(memory, num_groups, sizeof(*ffn->num_added));
+    ffn->wanted = memory_zeros(memory, inner, sizeof(int32_t));
+    ffn->listed = memory_zeros(memory, inner + 1, sizeof(int32_t)); /* written one too far */
+    ffn->gone = memory_zeros(memory, inner, sizeof(int32_t));
+    ffn->together = memory_zeros(memory, inner, sizeof(float));
+    ffn->keys = memory_zeros(memory, inner + 1, sizeof(uint32_t)); /* so are they */
+    ffn->segment_starts = memory_zeros(memory, ffn->num_segments + 1, sizeof(int32_t));
+    if (!memory->is_short) return ffn;
     feed_forward_free(ffn);
     return NULL;
 }
 
 void feed_forward_free(FeedForward *ffn) {
-    free(ffn->act);
-    free(ffn->up);
-    free(ffn->sums);
-    free(ffn->own);
-    free((void *)ffn->num_added);
-    free(ffn->wanted);
-    free(ffn->listed);
-    free(ffn->gone);
-    free(ffn->together);
-    free(ffn->keys);
-    free(ffn->segment_starts);
+    memory_free(&ffn->memory);
     free(ffn);
 }
 
