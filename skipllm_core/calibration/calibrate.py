@@ -25,7 +25,7 @@ from torch import Tensor
 
 from skipllm_core.calibration.answers import Answer, check_answers
 from skipllm_core.calibration.ffn_skip import RegionSearch
-from skipllm_core.calibration.generate import complete, free_shares
+from skipllm_core.calibration.generate import complete, expected_work, free_shares
 from skipllm_core.calibration.measure import Measurement, measure
 from skipllm_core.calibration.neurons import neurons_skip
 from skipllm_core.calibration.passes import Group, Passes
@@ -56,10 +56,11 @@ logger = logging.getLogger(__name__)
 
 TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.50)
 HELD_OUT_EVERY = 4  # one answer of four is measured on, and not calibrated with
-SEARCH_TOKENS = 500  # behind the warm-up, at least, that settings are tried out on
+SEARCH_TOKENS = 350  # behind the warm-up, at least, that settings are tried out on
 SIDE_BY_SIDE = 3  # settings measured in one piece: they share the full model's head
 REGION_RATIO = 0.25  # whose region is the profile's own, for thresholds without a ratio
 FEW_TOKENS = 300  # held-out ones, by which agreement is known to 2 % or worse
+ADAPTIVE: frozenset[SkipPolicyName] = frozenset({"ffn_skip", "neurons"})
 BASELINES: tuple[SkipPolicyName, ...] = ("static", "random", "early_exit", "layer_drop")
 
 
@@ -251,6 +252,8 @@ class _Calibration:
             + tries * _num_tokens(self._search_groups)
             + len(policies) * len(TARGET_RATIOS) * _num_tokens(self._held_out_groups),
         )
+        num_free = len(ADAPTIVE.intersection(policies)) * len(TARGET_RATIOS)
+        self._work.plan("free", expected_work(num_free))
 
     # Steps ---------------------------------------------------------------------------------------
 
@@ -340,7 +343,7 @@ class _Calibration:
         work.begin("free", "generating freely with what was chosen")
         skips = {
             f"{policy} {point.target_ratio}": self._chosen[policy, point.target_ratio]
-            for policy in ("ffn_skip", "neurons")
+            for policy in ADAPTIVE
             for point in profile.points(policy)
         }
         shares = free_shares(self._runner, self._config, self._held_out, skips, work)
@@ -353,7 +356,7 @@ class _Calibration:
                     )
                     for point in profile.points(policy)
                 )
-                for policy in ("ffn_skip", "neurons")
+                for policy in ADAPTIVE
             },
         )
 

@@ -227,6 +227,7 @@ def test_progress_moves_on_one_clock(runner: TorchModelRunner, config: EngineCon
     assert shares[-1] == 1
     steps = [after - before for before, after in pairwise(shares)]
     assert max(steps) < 0.2, "it leaps at its end"
+    assert min(steps) > -0.1, "it falls back"
     assert sum(share > 0.97 for share in shares[:-1]) < 0.2 * len(shares), "it waits at its end"
 
 
