@@ -195,7 +195,7 @@ def _summary(profile: SkipProfile) -> Table:
     )
     measured = [points for policy in MEASURED_POLICIES if (points := profile.points(policy))]
     batches = [b for points in measured[:1] for b in points[0].weight_skip_ratio if b > 1]
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True, min_width=max(map(len, MEASURED_POLICIES)))
     for heading in (
         "target",
         "left out",

@@ -25,8 +25,11 @@ class Answer:
 
 
 def check_answers(answers: Sequence[Answer], max_model_len: int, vocab_size: int) -> None:
-    """Raises ConfigError for ids that the model has no embedding of, and where a prompt leaves no
-    room for an answer of two tokens: one is generated with the prompt, and one decoded."""
+    """Raises ConfigError for empty prompts, for ids that the model has no embedding of, and where a
+    prompt leaves no room for an answer of two tokens: one is generated with the prompt, and one
+    decoded."""
+    if not all(answer.prompt_ids for answer in answers):
+        raise ConfigError("a prompt has no tokens")
     largest = max(max(answer.prompt_ids + answer.answer_ids) for answer in answers)
     if largest >= vocab_size:
         raise ConfigError(

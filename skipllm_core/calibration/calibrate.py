@@ -25,7 +25,7 @@ from torch import Tensor
 
 from skipllm_core.calibration.answers import Answer, check_answers
 from skipllm_core.calibration.ffn_skip import RegionSearch
-from skipllm_core.calibration.generate import complete, free_shares
+from skipllm_core.calibration.generate import complete, expected_work, free_shares
 from skipllm_core.calibration.measure import Measurement, measure
 from skipllm_core.calibration.neurons import neurons_skip
 from skipllm_core.calibration.passes import Group, Passes
@@ -56,10 +56,12 @@ logger = logging.getLogger(__name__)
 
 TARGET_RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.50)
 HELD_OUT_EVERY = 4  # one answer of four is measured on, and not calibrated with
-SEARCH_TOKENS = 500  # behind the warm-up, at least, that settings are tried out on
+SEARCH_TOKENS = 350  # behind the warm-up, at least, that settings are tried out on
+MANY_REGIONS = 6  # about as many are tried out for a target
 SIDE_BY_SIDE = 3  # settings measured in one piece: they share the full model's head
 REGION_RATIO = 0.25  # whose region is the profile's own, for thresholds without a ratio
 FEW_TOKENS = 300  # held-out ones, by which agreement is known to 2 % or worse
+ADAPTIVE: frozenset[SkipPolicyName] = frozenset({"ffn_skip", "neurons"})
 BASELINES: tuple[SkipPolicyName, ...] = ("static", "random", "early_exit", "layer_drop")
 
 
@@ -109,6 +111,7 @@ def calibrate(
     check_answers(answers, runner.max_model_len, runner.vocab_size)
     work = work or Work()
     work.plan("passes", _expected_passes(answers, options))
+    work.plan("free", _expected_free(options))
     work.begin("answers", "generating the full model's answers")
     answers = complete(runner, config, answers, options.max_tokens, work)
     work.end()
@@ -116,11 +119,18 @@ def calibrate(
 
 
 def _expected_passes(answers: Sequence[Answer], options: Options) -> float:
-    """Tokens that will pass, as long as nothing is known: all answers once, and for each policy and
-    target the held-out ones."""
+    """Tokens that will pass, as long as nothing is known but the number of answers."""
     num_tokens = len(answers) * options.max_tokens
-    per_answer = len(options.policies) * len(TARGET_RATIOS) / HELD_OUT_EVERY
-    return num_tokens * (1 + per_answer)
+    tries = MANY_REGIONS * ("ffn_skip" in options.policies)
+    per_target = (
+        tries * min(SEARCH_TOKENS, num_tokens) + len(options.policies) * num_tokens / HELD_OUT_EVERY
+    )
+    return num_tokens + len(TARGET_RATIOS) * per_target
+
+
+def _expected_free(options: Options) -> float:
+    num_settings = len(ADAPTIVE.intersection(options.policies)) * len(TARGET_RATIOS)
+    return expected_work(num_settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +350,7 @@ class _Calibration:
         work.begin("free", "generating freely with what was chosen")
         skips = {
             f"{policy} {point.target_ratio}": self._chosen[policy, point.target_ratio]
-            for policy in ("ffn_skip", "neurons")
+            for policy in ADAPTIVE
             for point in profile.points(policy)
         }
         shares = free_shares(self._runner, self._config, self._held_out, skips, work)
@@ -353,7 +363,7 @@ class _Calibration:
                     )
                     for point in profile.points(policy)
                 )
-                for policy in ("ffn_skip", "neurons")
+                for policy in ADAPTIVE
             },
         )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from skipllm_core.calibration.answers import Answer, cut
+from skipllm_core.calibration.regions import DIGITS
 from skipllm_core.calibration.work import GENERATED_TOKEN, Work
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
@@ -79,8 +80,13 @@ def free_shares(
     for name in skips:
         of_name = [rows for (of, _), rows in results.items() if of == name]
         if total := sum(all_rows for _, all_rows in of_name):
-            shares[name] = sum(skipped for skipped, _ in of_name) / total
+            shares[name] = round(sum(skipped for skipped, _ in of_name) / total, DIGITS)
     return shares
+
+
+def expected_work(num_settings: int) -> float:
+    """Of `free_shares`."""
+    return GENERATED_TOKEN * FREE_TOKENS * FREE_PROMPTS * num_settings
 
 
 def _generate(

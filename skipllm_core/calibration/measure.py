@@ -14,7 +14,7 @@ from skipllm_core.model.llama import LlamaModel
 from skipllm_core.types import ROWS_PER_NEURON, SkipParams, num_rows_left_out
 
 BATCHES = (1, 4, 8, 16)  # that the weight skip ratio is told for
-SLICE_LOGITS = 2**23  # that exist at once of a model: 32 MiB
+SLICE_LOGITS = 2**25  # that exist at once of a model: 128 MiB; fewer rows make slow products
 
 
 @dataclass(frozen=True, slots=True)

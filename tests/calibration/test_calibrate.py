@@ -198,6 +198,21 @@ def test_answers_that_end_within_the_warmup_are_told_at_once(
         run(runner, config, answers, **options)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (Answer([], []), "a prompt has no tokens"),
+        (Answer([3], [4, 96]), "token id 96, the model's vocabulary 96 entries"),
+        (Answer([96], []), "token id 96"),
+    ],
+)
+def test_ids_that_the_model_cannot_read_are_refused(
+    wrong: Answer, says: str, runner: TorchModelRunner, config: EngineConfig
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(runner, config, [*prompts(3), wrong])
+
+
 # Regions -----------------------------------------------------------------------------------------
 
 
@@ -227,6 +242,7 @@ def test_progress_moves_on_one_clock(runner: TorchModelRunner, config: EngineCon
     assert shares[-1] == 1
     steps = [after - before for before, after in pairwise(shares)]
     assert max(steps) < 0.2, "it leaps at its end"
+    assert min(steps) > -0.1, "it falls back"
     assert sum(share > 0.97 for share in shares[:-1]) < 0.2 * len(shares), "it waits at its end"
 
 
