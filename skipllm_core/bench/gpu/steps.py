@@ -107,8 +107,8 @@ class StepBench:
         self.rows.token_ids.random_(0, config.vocab_size)
         self.rows.positions.fill_(context)
         decoder = decoder_type(model, cache, self.rows, tiles=tiles)
-        self._stock = capture(lambda: decoder.step(batch, can_skip=False))
-        self._skip = capture(lambda: decoder.step(batch, can_skip=True))
+        self._stock = capture(lambda: decoder.step(batch, "stock"))
+        self._skip = capture(lambda: decoder.step(batch, "skip"))
 
     def never(self, num_replays: int = 20) -> float:
         """Milliseconds of the stock step."""

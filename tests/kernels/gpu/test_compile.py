@@ -66,15 +66,15 @@ def decoders(rows, **changes):
 rows = DeviceRows(max_num_rows=256, max_blocks=16, num_layers=2, vocab_size=512, device=cpu)
 alone, joint = decoders(rows, num_hidden_layers=2)
 for num_rows in (1, 2, 32, 256):  # one for each height of the tiles
-    alone.step(num_rows, can_skip=False)
-    joint.step(num_rows, can_skip=True)
-    alone.step(num_rows, can_skip=True)
+    alone.step(num_rows, "stock")
+    joint.step(num_rows, "skip")
+    alone.step(num_rows, "skip")
     DeviceSampler(rows).step(num_rows, SamplingKind.DRAW)
 for head_dim in (64, 96, 128, 256):
     for family in ("llama", "qwen3"):  # whose heads are normed
         changes = {"model_type": family, "head_dim": head_dim, "num_hidden_layers": 1}
         architecture = {"architectures": [f"{family.capitalize()}ForCausalLM"]}
-        decoders(rows, **changes, **architecture)[0].step(1, can_skip=False)
+        decoders(rows, **changes, **architecture)[0].step(1, "stock")
 print(*sorted(names))
 """
 
