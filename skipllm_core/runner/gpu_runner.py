@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from skipllm_core.config import EngineConfig
 from skipllm_core.engine.runner import Batch, ScheduledSeq, StepResult
-from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
+from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy, Variant
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.runner.device_sampler import DeviceSampler, sampling_kind
@@ -22,14 +22,15 @@ from skipllm_core.runner.graphs import (
     Decoder,
     reserve_bytes,
 )
+from skipllm_core.runner.launched import LaunchedStep, copy_out
 from skipllm_core.runner.memory import allocated_bytes, held_tensors, tells_what_to_lower
 from skipllm_core.runner.model_runner import TorchModelRunner
-from skipllm_core.runner.sampler import barred_by, row_result
+from skipllm_core.runner.sampler import barred_by
 from skipllm_core.runner.slots import Slots
 from skipllm_core.sequence import Sequence
 from skipllm_core.skip.baselines import WHOLE_LAYER_POLICIES, PlannedSkip
-from skipllm_core.skip.policy import skip_at
-from skipllm_core.types import TokenLogprobs
+from skipllm_core.skip.neurons import NeuronSkip
+from skipllm_core.skip.policy import SkipRule, skip_at
 
 MakeDecoder = Callable[[LlamaModel, KVCache, DeviceRows], Decoder]
 
@@ -44,11 +45,9 @@ class GpuModelRunner(TorchModelRunner):
     memory runs out.
     """
 
-    # The others leave out attention, or neurons, which no kernel does.
+    # The others leave out attention, which no kernel does.
     skip_policies = tuple(
-        name
-        for name in TorchModelRunner.skip_policies
-        if name not in WHOLE_LAYER_POLICIES and name != "neurons"
+        name for name in TorchModelRunner.skip_policies if name not in WHOLE_LAYER_POLICIES
     )
 
     @tells_what_to_lower
@@ -114,16 +113,24 @@ class GpuModelRunner(TorchModelRunner):
         seqs = [row.seq for row in batch.rows]
         self._write_rows(seqs)
         slots = self._slots.slot_of(seqs)
-        can_skip = any(skip_at(seq, seq.num_computed_tokens) is not None for seq in seqs)
+        rules = [skip_at(seq, seq.num_computed_tokens) for seq in seqs]
+        variant = _variant(rules)
         kind = sampling_kind(seq.params for seq in seqs)
-        self.graphs.launch(len(seqs), can_skip=can_skip, kind=kind)
-        rows = self.rows
-        outputs = [self.sampler.results[: len(seqs)], rows.skipped[: len(seqs)], rows.num_needed]
-        asking = [(slot, row) for slot, row in zip(slots, batch.rows, strict=True) if _asks(row)]
+        self.graphs.launch(len(seqs), variant, kind)
+        rows, count = self.rows, len(seqs)
+        outputs = {
+            "sampled": self.sampler.results[:count],
+            "skipped": rows.skipped[:count],
+            "needed": rows.num_needed,
+        }
+        if variant == "neurons":
+            outputs |= {"neurons": rows.neuron_counts[:count], "unread": rows.unread}
+        asking = {slot: row for slot, row in zip(slots, batch.rows, strict=True) if _asks(row)}
         if asking:
-            outputs.extend(self._logprobs(asking))
-        read = _copy_out(outputs)
-        return lambda: _result(batch, slots, asking, read(), can_skip=can_skip)
+            outputs |= self._logprobs(asking)
+        read = copy_out(outputs)
+        launched = LaunchedStep(batch, slots, rules, list(asking), self.num_neurons)
+        return lambda: launched.result(read())
 
     def _write_rows(self, seqs: list[Sequence]) -> None:
         """Brings the device's rows up to date: what changed, in one transfer (state of the sampler
@@ -141,6 +148,7 @@ class GpuModelRunner(TorchModelRunner):
         for slot, seq in changes.new:
             self.sampler.assign(slot, seq)
             self._num_blocks[slot] = len(seq.block_table)
+        self._write_thresholds(changes.new)
         packed = [_packed(slot, seq, rows) for slot, seq in changes.new]
         for slot, seq in zip(self._slots.slot_of(seqs), seqs, strict=True):
             if self._num_blocks[slot] != len(seq.block_table):
@@ -150,6 +158,18 @@ class GpuModelRunner(TorchModelRunner):
             self._unpack(_to_device(torch.tensor(packed, dtype=torch.int32), rows), changes.new)
         self._write_masks(seqs)
         self._write_grammars(seqs)
+
+    def _write_thresholds(self, new: tuple[tuple[int, Sequence], ...]) -> None:
+        """Those of neurons, once per sequence."""
+        packed = []
+        for slot, seq in new:
+            if seq.skip.policy == "neurons":
+                by_layer = zip(seq.skip.up_thresholds, seq.skip.down_thresholds, strict=True)
+                packed.append([slot, *chain.from_iterable(by_layer)])
+        if packed:
+            ours = self.rows.neuron_thresholds
+            values = _to_device(torch.tensor(packed, dtype=torch.float32), self.rows)
+            ours.index_copy_(0, values[:, 0].long(), values[:, 1:].view(-1, *ours.shape[1:]))
 
     def _write_masks(self, seqs: list[Sequence]) -> None:
         """What the planned policies skip in this step, where it is not what they skipped in the
@@ -201,14 +221,14 @@ class GpuModelRunner(TorchModelRunner):
         ):
             tensor.index_copy_(0, slots, packed[:, field])
 
-    def _logprobs(self, asking: list[tuple[int, ScheduledSeq]]) -> list[Tensor]:
-        """Of the tokens just sampled, and the best of their positions."""
-        index = _to_device(torch.tensor([slot for slot, _ in asking]), self.rows)
-        count = min(max(row.seq.params.logprobs or 0 for _, row in asking), self.vocab_size)
+    def _logprobs(self, asking: Mapping[int, ScheduledSeq]) -> dict[str, Tensor]:
+        """By slot, of the tokens just sampled, and the best of their positions."""
+        index = _to_device(torch.tensor(list(asking)), self.rows)
+        most = max(row.seq.params.logprobs or 0 for row in asking.values())
         logprobs = self.rows.logits[index].log_softmax(dim=-1)
         chosen = logprobs.gather(1, self.sampler.results[index, :1].long())[:, 0]
-        best = logprobs.topk(count, dim=-1)
-        return [chosen, best.indices, best.values]
+        best = logprobs.topk(min(most, self.vocab_size), dim=-1)
+        return {"logprobs": chosen, "top_ids": best.indices, "top_logprobs": best.values}
 
 
 def _row_tensors(rows: DeviceRows) -> tuple[Tensor, ...]:
@@ -223,17 +243,18 @@ def _row_tensors(rows: DeviceRows) -> tuple[Tensor, ...]:
         rows.cold_ends,
         rows.max_skips,
         rows.mask,
+        rows.neuron_thresholds,
     )
 
 
 def _packed(slot: int, seq: Sequence, rows: DeviceRows) -> list[int]:
     skip = seq.skip
     first = max(1, skip.warmup_tokens) + seq.num_given_tokens - 1
-    policy = RowPolicy.NEVER
+    policy, rule = RowPolicy.NEVER, skip_at(seq, first)
     if skip.policy in ("static", "random"):
         policy = RowPolicy.MASK
-    elif skip_at(seq, first) is not None:
-        policy = RowPolicy.FFN_SKIP
+    elif rule is not None:
+        policy = RowPolicy.NEURONS if isinstance(rule, NeuronSkip) else RowPolicy.FFN_SKIP
     (threshold,) = struct.unpack("=i", struct.pack("=f", skip.threshold))  # its bits
     table = seq.block_table
     return [
@@ -258,51 +279,13 @@ def _to_device(tensor: Tensor, rows: DeviceRows) -> Tensor:
     return tensor.pin_memory().to(rows.device, non_blocking=True)
 
 
-def _copy_out(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Copies for the host as they stand at this point of the stream; the call waits for them."""
-    if tensors[0].device.type != "cuda":
-        copies = [tensor.clone() for tensor in tensors]
-        return lambda: copies
-    copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-
-    def read() -> list[Tensor]:
-        event.synchronize()
-        return copies
-
-    return read
+def _variant(rules: Iterable[SkipRule | None]) -> Variant:
+    """The step that can do what the rows' rules say, and no more."""
+    found = [rule for rule in rules if rule is not None]
+    if any(isinstance(rule, NeuronSkip) for rule in found):
+        return "neurons"
+    return "skip" if found else "stock"
 
 
 def _asks(row: ScheduledSeq) -> bool:
     return row.seq.params.logprobs is not None
-
-
-def _result(
-    batch: Batch,
-    slots: list[int],
-    asking: list[tuple[int, ScheduledSeq]],
-    outputs: list[Tensor],
-    *,
-    can_skip: bool,
-) -> StepResult:
-    sampled, skipped, needed = (tensor.tolist() for tensor in outputs[:3])
-    logprobs: dict[int, TokenLogprobs] = {}
-    if asking:
-        values = (tensor.tolist() for tensor in outputs[3:])
-        for (slot, row), chosen, ids, best in zip(asking, *values, strict=True):
-            count = row.seq.params.logprobs
-            logprobs[slot] = TokenLogprobs(chosen, tuple(ids[:count]), tuple(best[:count]))
-    seq_of = {slot: row.seq for slot, row in zip(slots, batch.rows, strict=True)}
-    results = []
-    for slot in slots:
-        token_id, is_finite = sampled[slot]
-        layers = tuple(layer for layer, is_skipped in enumerate(skipped[slot]) if is_skipped)
-        result = row_result(seq_of[slot], token_id, logprobs.get(slot), is_finite=bool(is_finite))
-        has_token = can_skip and result.token_id is not None
-        results.append(replace(result, skipped_layers=layers if has_token else ()))
-    num_layers = len(needed)
-    num_avoided = sum(num_rows == 0 for num_rows in needed) if can_skip else 0
-    return StepResult(tuple(results), num_layers - num_avoided, num_avoided)

@@ -1,7 +1,8 @@
 """Decode steps captured once as CUDA graphs, by number of rows, and replayed.
 
-A step is two graphs: the model's (`stock` when no row can skip, `skip` otherwise), and the
-sampler's by `SamplingKind`. All variants of a bucket read and write the same tensors.
+A step is two graphs: the model's by `Variant` (`stock` when no row can skip, `neurons` when one
+leaves out neurons, `skip` otherwise), and the sampler's by `SamplingKind`. All variants of a bucket
+read and write the same tensors.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from skipllm_core.kernels.gpu.rows import Variant
 from skipllm_core.runner.device_sampler import (
     STEP_BYTES_PER_LOGIT,
     DeviceSampler,
@@ -29,9 +31,10 @@ _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 # to 28 MiB for the graph of a whole step (its issue 50780 and pull request 22897), which has some
 # hundred launches.
 NODE_BYTES = 2**16
-# At most: of a layer and beside the layers (see kernels/gpu/decoder.py), of a sampler's graph, and
-# of a sort, which torch may do row by row.
-LAYER_NODES, STEP_NODES, SAMPLER_NODES, SORT_NODES_PER_ROW = 9, 4, 60, 12
+# At most: of a layer by variant and beside the layers (see kernels/gpu/decoder.py and neurons.py),
+# of a sampler's graph, and of a sort, which torch may do row by row.
+LAYER_NODES: dict[Variant, int] = {"stock": 7, "skip": 9, "neurons": 12}
+STEP_NODES, SAMPLER_NODES, SORT_NODES_PER_ROW = 6, 60, 12
 
 Launch = Callable[[], None]
 Capture = Callable[[Launch], Launch]  # a launch -> what launches the same from now on
@@ -43,7 +46,7 @@ class Decoder(Protocol):
     @property
     def buffers(self) -> tuple[Tensor, ...]: ...  # what it has beside the rows and the model
 
-    def step(self, num_rows: int, *, can_skip: bool) -> None: ...
+    def step(self, num_rows: int, variant: Variant) -> None: ...
 
 
 def buckets(max_num_rows: int) -> tuple[int, ...]:
@@ -58,7 +61,8 @@ def reserve_bytes(max_num_rows: int, num_layers: int, vocab_size: int) -> int:
     the sampler's share, which are those of most rows."""
     all_rows = buckets(max_num_rows)
     num_graphs = len(SamplingKind)
-    num_nodes = len(all_rows) * 2 * (LAYER_NODES * num_layers + STEP_NODES)
+    of_model = sum(nodes * num_layers + STEP_NODES for nodes in LAYER_NODES.values())
+    num_nodes = len(all_rows) * of_model
     num_nodes += len(all_rows) * num_graphs * SAMPLER_NODES + sum(all_rows) * SORT_NODES_PER_ROW
     return num_nodes * NODE_BYTES + max_num_rows * vocab_size * STEP_BYTES_PER_LOGIT
 
@@ -74,14 +78,14 @@ class DecodeGraphs:
         self, decoder: Decoder, sampler: DeviceSampler, max_num_rows: int, capture: Capture
     ) -> None:
         self.buckets = buckets(max_num_rows)
-        self._model: dict[tuple[int, bool], Launch] = {}
+        self._model: dict[tuple[int, Variant], Launch] = {}
         self._sampling: dict[tuple[int, SamplingKind], Launch] = {}
         for num_rows in reversed(self.buckets):  # the largest first: the rest fit into its memory
             start_s = time.monotonic()
             used = _cuda_bytes(sampler.rows.device)
-            for can_skip in (False, True):
-                self._model[num_rows, can_skip] = capture(
-                    lambda n=num_rows, s=can_skip: decoder.step(n, can_skip=s)  # type: ignore[misc]
+            for variant in get_args(Variant):
+                self._model[num_rows, variant] = capture(
+                    lambda n=num_rows, v=variant: decoder.step(n, v)  # type: ignore[misc]
                 )
             for kind in SamplingKind:
                 self._sampling[num_rows, kind] = capture(
@@ -97,9 +101,9 @@ class DecodeGraphs:
     def bucket(self, num_rows: int) -> int:
         return next(n for n in self.buckets if n >= num_rows)
 
-    def launch(self, num_rows: int, *, can_skip: bool, kind: SamplingKind) -> None:
+    def launch(self, num_rows: int, variant: Variant, kind: SamplingKind) -> None:
         bucket = self.bucket(num_rows)
-        self._model[bucket, can_skip]()
+        self._model[bucket, variant]()
         self._sampling[bucket, kind]()
 
 

@@ -45,6 +45,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaModel:
     monkeypatch.setattr(gpu_parts, "EMPTY_LAUNCHES", 2)
     monkeypatch.setattr(gpu_case, "MOST_VARYING_STEPS", 2)
     monkeypatch.setattr(gpu_case, "LEAST_VARYING_STEPS", 2)
+    monkeypatch.setattr(gpu_case, "NEURON_SHARES", ((0.0, 0.0), (0.5, 0.0)))
     write_config(tmp_path, num_hidden_layers=4)
     return load_model(tmp_path, device=CPU, dtype=torch.float32, load_format="dummy")
 
@@ -85,6 +86,19 @@ def test_forced_rows_skip_exactly_what_they_are_told(model: LlamaModel, batch: i
         assert not bench.rows.skipped.any(), "the gate alone skips nothing"
         assert bench.never(1) > 0
         assert bench.rows.logits.isfinite().all()
+
+
+@torch.inference_mode()
+def test_the_thresholds_that_are_found_leave_out_what_was_asked_for(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "NUM_BISECTIONS", 14)
+    bench = StepBench(model, batch=1, context=5, capture=direct, tiles=tiles)
+    found = bench.neurons((0.25, 0.5), 1)
+    worth = 4 * (0.25 * 2 + 0.75 * 0.5) / 3  # blocks of four layers
+    assert found.mean == found.joint == pytest.approx(worth, abs=0.05)
+    counts = bench.rows.neuron_counts[0, :, 0].tolist()
+    assert counts == pytest.approx([24] * 4, abs=1), "of 96, in each layer"
 
 
 class FakeGraph:
@@ -193,6 +207,7 @@ def test_the_plan_measures_every_case_and_tells_what_it_left_out(
     rows = [item for item in found if isinstance(item, GpuMeasurement)]
     told = [item for item in found if isinstance(item, Told)]
     policies = ["never", "gate only", "forced", "forced", "ffn_skip", "mixed"]
+    policies += ["neurons"] * 2 + ["neurons together"] * 2
     assert [row.policy for row in rows] == policies
     assert [row.skipped_blocks for row in rows[:4]] == [None, None, 0, 2]
     assert rows[3].token_skip_ratio == rows[3].weight_skip_ratio == 0.5
@@ -202,6 +217,13 @@ def test_the_plan_measures_every_case_and_tells_what_it_left_out(
     assert rows[5].expected_saved_ms == pytest.approx(saved * float(fit["block_ms"]))
     assert rows[5].saved_ms is not None
     assert any("E[blocks saved]" in item.text for item in told)
+    alone, together = rows[6:8], rows[8:]
+    assert [row.token_skip_ratio for row in (alone[0], together[0])] == [0, 0]
+    for row in (alone[1], together[1]):  # half the neurons, two of whose three rows go
+        assert row.token_skip_ratio == pytest.approx(1 / 3, abs=0.05)
+        assert row.expected_saved_ms is not None
+    assert together[1].weight_skip_ratio == pytest.approx(together[1].token_skip_ratio)
+    assert (alone[1].weight_skip_ratio or 0) < 0.9 * (together[1].weight_skip_ratio or 0)
     linears = [item.facts for item in told if "linears_gb_per_s" in item.facts]
     assert [facts["num_rows"] for facts in linears] == [2]
     assert any("empty_kernel" in item.facts for item in told)

@@ -13,6 +13,7 @@ import torch
 from skipllm_core.config import Consensus, EngineConfig
 from skipllm_core.engine.runner import LateModelRunner
 from skipllm_core.errors import ConfigError
+from skipllm_core.kernels.gpu.rows import Variant
 from skipllm_core.runner import device_sampler, gpu_runner
 from skipllm_core.runner.gpu_runner import GpuModelRunner
 from skipllm_core.runner.graphs import Launch, buckets, direct
@@ -27,6 +28,7 @@ from tests.runner.tiny import (
     NUM_LAYERS,
     engine_config,
     generate,
+    left_out,
     skipped,
     text,
     write_config,
@@ -39,6 +41,12 @@ SKIPS = [
     SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=1, cold_end=6, max_skips=2),
     SkipParams(policy="static", layers=(2, 4), warmup_tokens=2),
     SkipParams(policy="random", probability=0.5, warmup_tokens=0, cold_start=1, cold_end=5),
+    SkipParams(
+        policy="neurons",
+        up_thresholds=(0.09, 0.12, 0.0, 0.15, 0.11, 0.08),
+        down_thresholds=(0.05, 0.04, 0.06, 0.0, 0.05, 0.07),
+        warmup_tokens=2,
+    ),
 ]
 
 
@@ -76,11 +84,14 @@ def test_texts_and_skipped_layers_equal_the_eager_runners(tmp_path: Path, num_bl
     for left, right in zip(found, expected, strict=True):
         assert text(left) == text(right)
         assert skipped(left) == skipped(right)
+        assert left_out(left) == left_out(right)
+        assert left[-1].skip_usage == right[-1].skip_usage
         assert left[-1].finish_reason == right[-1].finish_reason
         for mine, theirs in zip(left, right, strict=True):
             for a, b in zip(mine.logprobs, theirs.logprobs, strict=True):
                 assert a.top_ids == b.top_ids
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    assert any(neurons for outputs in found for neurons in left_out(outputs))
     if num_blocks == 6:
         assert sum(outputs[-1].num_preemptions for outputs in found) > 0
     assert any(layers for outputs in found for layers in skipped(outputs))
@@ -118,7 +129,7 @@ def test_steps_without_a_row_that_can_skip_are_stock_ones_and_padded_to_a_bucket
     params = SamplingParams(max_tokens=6, temperature=0.0, skip=replace(SKIPS[1], trace=True))
     outputs = generate(runner, config, [([5 + i], params) for i in range(3)])
     assert {num_rows for num_rows, _ in decoders[0].steps} == {4}
-    assert [can_skip for _, can_skip in decoders[0].steps] == [False] * 2 + [True] * 3
+    assert [variant for _, variant in decoders[0].steps] == ["stock"] * 2 + ["skip"] * 3
     assert all(layers for out in outputs for layers in skipped(out)[3:])
 
 
@@ -132,10 +143,10 @@ def test_every_variant_is_captured_before_the_first_request(tmp_path: Path) -> N
 
     config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=4)
     runner = GpuModelRunner(config, ReferenceDecoder, lambda: capture)
-    assert len(captured) == 3 * (2 + 3)
+    assert len(captured) == 3 * (3 + 3)
     params = SamplingParams(max_tokens=4, temperature=0.0)
     assert len(text(generate(runner, config, [([5], params)])[0])) == 4
-    assert len(captured) == 3 * (2 + 3)
+    assert len(captured) == 3 * (3 + 3)
 
 
 def test_memory_that_runs_out_is_told_with_what_to_lower(tmp_path: Path) -> None:
@@ -151,7 +162,7 @@ def test_no_launch_waits_for_the_device_whoever_comes_and_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class NullDecoder(ReferenceDecoder):
-        def step(self, num_rows: int, *, can_skip: bool) -> None:
+        def step(self, num_rows: int, variant: Variant) -> None:
             self.rows.logits.zero_()
 
     config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=4)
@@ -182,12 +193,12 @@ def test_a_launch_that_fails_leaves_no_row_behind(tmp_path: Path) -> None:
     expected = [text(outputs) for outputs in generate(runner, config, wanted)]
     launch, num_launches = runner.graphs.launch, 0
 
-    def fail_once(num_rows: int, **variant: Any) -> None:
+    def fail_once(num_rows: int, *variant: Any) -> None:
         nonlocal num_launches
         num_launches += 1
         if num_launches == 4:
             raise RuntimeError("out of luck")
-        launch(num_rows, **variant)
+        launch(num_rows, *variant)
 
     runner.graphs.launch = fail_once  # type: ignore[method-assign]
     failed = generate(runner, config, wanted)
@@ -288,4 +299,6 @@ def test_the_engine_over_the_kernels_says_and_skips_what_the_eager_runner_does(
     expected = generate(TorchModelRunner(config), config, short_requests())
     assert list(map(text, found)) == list(map(text, expected))
     assert list(map(skipped, found)) == list(map(skipped, expected))
+    assert list(map(left_out, found)) == list(map(left_out, expected))
+    assert any(neurons for outputs in found for neurons in left_out(outputs))
     assert any(layers for outputs in found for layers in skipped(outputs))

@@ -90,9 +90,10 @@ def test_rows_and_sampler_take_19_bytes_per_row_and_token_of_the_vocabulary() ->
     )
     # Logits, biases, counts and noise in 4 bytes; three masks in one.
     per_logit = 64 * 32_000 * 19
-    tables = 64 * 4 * (256 + 32 + 32)  # block tables, masks, skipped layers
+    # Block tables, masks, skipped layers, and before up and down thresholds and counts of neurons.
+    tables = 64 * 4 * (256 + 32 + 32 + 64 + 64)
     per_row = 13 * 512 + 1536  # thirteen of up to 8 bytes a row, and the settings of 24
-    small = 2 * 512  # consensus, num_needed
+    small = 3 * 512  # consensus, num_needed, unread
     found = allocated_bytes([*held_tensors(rows), *held_tensors(DeviceSampler(rows))])
     assert found == per_logit + tables + per_row + small
 
@@ -120,15 +121,16 @@ def test_every_tensor_of_the_decoder_is_among_its_buffers(tmp_path: Path) -> Non
     rows = DeviceRows(max_num_rows=2, max_blocks=2, num_layers=6, vocab_size=VOCAB, device=CPU)
     decoder = GpuDecoder(runner.model, runner.kv_cache, rows)
     held = [*held_tensors(decoder), *held_tensors(decoder._scratch), *decoder._state]
+    held += decoder._neurons.tensors
     assert {id(tensor) for tensor in held} == {id(tensor) for tensor in decoder.buffers}
 
 
 def test_the_graphs_reserve_grows_with_what_is_captured() -> None:
-    # Llama-2-7B, 64 rows: 9 buckets of two steps (32 layers x 9 + 4 launches), three samplings of
-    # 60, and sorts of 1 + 2 + 4 + 8 + 16 + 24 + 32 + 48 + 64 rows in 12 launches each.
-    nodes = 9 * 2 * 292 + 9 * 3 * 60 + 199 * 12
+    # Llama-2-7B, 64 rows: 9 buckets of three steps (32 layers x 7, 9 and 12, and 6 launches each),
+    # three samplings of 60, and sorts of 1 + 2 + 4 + 8 + 16 + 24 + 32 + 48 + 64 rows in 12 each.
+    nodes = 9 * (32 * 28 + 3 * 6) + 9 * 3 * 60 + 199 * 12
     assert reserve_bytes(64, 32, 32_000) == nodes * NODE_BYTES + 64 * 32_000 * STEP_BYTES_PER_LOGIT
-    assert 0.6 * GIB < reserve_bytes(64, 32, 32_000) < 0.75 * GIB
+    assert 0.8 * GIB < reserve_bytes(64, 32, 32_000) < 0.95 * GIB
 
 
 class LiveBytes(TorchDispatchMode):

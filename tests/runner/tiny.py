@@ -11,7 +11,7 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.engine.engine import Engine
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.tokenizer import ByteTokenizer
-from skipllm_core.types import SamplingParams, SeqOutput
+from skipllm_core.types import LayerNeurons, SamplingParams, SeqOutput
 
 NUM_LAYERS = 6
 VOCAB = 96
@@ -94,3 +94,7 @@ def text(outputs: list[SeqOutput]) -> list[int]:
 
 def skipped(outputs: list[SeqOutput]) -> list[tuple[int, ...]]:
     return [layers for output in outputs for layers in output.skipped_layers]
+
+
+def left_out(outputs: list[SeqOutput]) -> list[LayerNeurons]:
+    return [of_token for output in outputs for of_token in output.skipped_neurons]

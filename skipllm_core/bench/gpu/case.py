@@ -10,6 +10,8 @@ from skipllm_core.bench.gpu.steps import Fit, StepBench
 from skipllm_core.bench.gpu.triggers import TriggerSpread
 
 NATURAL_SHARE = 0.25  # of the blocks that rows are to skip by their own similarities
+# Of neurons, before up and of the rest before down: nothing, then 0.2, 0.33 and 0.34 of the bytes.
+NEURON_SHARES = ((0.0, 0.0), (0.3, 0.0), (0.5, 0.0), (0.3, 0.6))
 VARYING_MS = 800.0  # about, for the steps of rows that trigger by chance
 MOST_VARYING_STEPS, LEAST_VARYING_STEPS = 200, 20
 
@@ -59,6 +61,26 @@ class CaseBench:
         yield self._row("ffn_skip", ms, mean=mean, joint=joint, full_ms=self.never_ms, fit=fit)
         if bench.batch > 1 and fit is not None:
             yield from self._measure_mixed(fit)
+        yield from self._measure_neurons("neurons", fit)
+        if bench.batch > 1:
+            yield from self._measure_neurons("neurons together", fit)
+
+    def _measure_neurons(self, policy: GpuPolicy, fit: Fit | None) -> Iterator[Item]:
+        """Against the same kernels with nothing left out; ideal is what the weights that no row
+        wants are worth by the fit of whole blocks."""
+        full_ms: float | None = None
+        for shares in NEURON_SHARES:
+            together = policy == "neurons together"
+            found = self.bench.neurons(shares, self._num_replays, together=together)
+            full_ms = full_ms or found.ms
+            yield self._row(
+                policy,
+                found.ms,
+                mean=found.mean,
+                joint=found.joint,
+                full_ms=full_ms,
+                fit=fit,
+            )
 
     def _measure_mixed(self, fit: Fit) -> Iterator[Item]:
         """Rows that trigger by chance, anew in each step, against steps in which nobody skips."""

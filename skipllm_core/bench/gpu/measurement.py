@@ -12,6 +12,8 @@ GpuPolicy = Literal[
     "forced",
     "ffn_skip",
     "mixed",
+    "neurons",
+    "neurons together",
     "if nodes",
     "transformers eager",
     "transformers static",
@@ -31,13 +33,14 @@ class GpuMeasurement:
     context: int
     ms_per_step: float
     tokens_per_s: float
-    skipped_blocks: float | None = None  # by a row, on average
+    skipped_blocks: float | None = None  # by a row, on average; of neurons, in blocks' worth
     ceiling_share: float | None = None
     speedup_vs_never: float | None = None
     token_skip_ratio: float | None = None
     weight_skip_ratio: float | None = None
     # Where rows differ: what the step was seen to save, and what the blocks that all rows skip are
-    # worth by the fit of the forced masks; for `mixed` by their expected number.
+    # worth by the fit of the forced masks; for `mixed` by their expected number. Where neurons are
+    # left out: against the same kernels with all of them, and the weights that no row wants.
     saved_ms: float | None = None
     expected_saved_ms: float | None = None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from skipllm_core.bench.gpu.steps import milliseconds
+from skipllm_core.kernels.gpu.down import down, down_tile_for
 from skipllm_core.kernels.gpu.linear import Tiles, gate_up, linear, parts_for, tile_for
 from skipllm_core.model.llama import Block, LlamaModel
 from skipllm_core.runner.graphs import Capture, Launch
@@ -22,7 +23,11 @@ def copy_bytes_per_s(device: torch.device, num_bytes: int = 2**31) -> float:
 
 
 def linear_gb_per_s(
-    model: LlamaModel, num_rows: int, capture: Capture, tiles: Tiles = tile_for
+    model: LlamaModel,
+    num_rows: int,
+    capture: Capture,
+    tiles: Tiles = tile_for,
+    down_tiles: Tiles = down_tile_for,
 ) -> dict[str, float]:
     """How fast the linears of all layers, and the head, are read, by name, with `num_rows` rows and
     in the kernels of a stock step."""
@@ -36,14 +41,16 @@ def linear_gb_per_s(
         "head": [model.lm_head],
     }
     found = {}
-    for name, launch in _launches(model, num_rows, tiles).items():
+    for name, launch in _launches(model, num_rows, tiles, down_tiles).items():
         num_bytes = sum(one.weight.numel() * one.weight.itemsize for one in linears[name])
         ms = milliseconds(capture(launch), model.embedding.device)
         found[name] = num_bytes / ms / 1e6
     return found
 
 
-def _launches(model: LlamaModel, num_rows: int, tiles: Tiles) -> dict[str, Launch]:
+def _launches(
+    model: LlamaModel, num_rows: int, tiles: Tiles, down_tiles: Tiles
+) -> dict[str, Launch]:
     config, device = model.config, model.embedding.device
 
     def rows_of(width: int, dtype: torch.dtype = model.embedding.dtype) -> torch.Tensor:
@@ -66,7 +73,7 @@ def _launches(model: LlamaModel, num_rows: int, tiles: Tiles) -> dict[str, Launc
         gate_up(h, block.norm2, block.ffn.gate_up, act, num_rows, tiles=tiles)
 
     def run_down(block: Block) -> None:
-        linear(act, block.ffn.down, h, num_rows, is_residual=True, parts=parts, tiles=tiles)
+        down(act, block.ffn.down, h, num_rows, parts, tiles=down_tiles)
 
     def run_head() -> None:
         linear(h, model.lm_head, logits, num_rows, norm=model.norm, tiles=tiles)

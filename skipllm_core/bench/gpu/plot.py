@@ -22,6 +22,8 @@ _MARKS = {
     "forced": ("o", "every row skips the same"),
     "ffn_skip": ("^", "by the rows' own similarities"),
     "mixed": ("s", "rows trigger by chance"),
+    "neurons": ("v", "each row leaves out its neurons"),
+    "neurons together": ("P", "rows leave out neurons together"),
     "gate only": ("D", "the gate alone, nobody skips"),
 }
 

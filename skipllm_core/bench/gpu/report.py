@@ -100,6 +100,7 @@ def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
     table = Table(
         "model", "weights", "batch", "context", "never, ms", "tokens/s", "ceiling", "gate alone",
         "k: ms = a - k b", "ffn_skip, at", "mixed, of expected",
+        "neurons, at", "of ideal",
         box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for case in dict.fromkeys(row.case for row in rows):
@@ -108,6 +109,7 @@ def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
         if never is None:
             continue
         gate, natural, mixed = (_of(found, p) for p in ("gate only", "ffn_skip", "mixed"))
+        neurons = _most_left_out(found)
         table.add_row(
             *map(str, case),
             f"{never.ms_per_step:.3f}",
@@ -117,6 +119,8 @@ def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
             _fit(found),
             "" if natural is None else _speedup(natural),
             "" if mixed is None else _saved(mixed),
+            "" if neurons is None else _speedup(neurons),
+            "" if neurons is None else _saved(neurons),
         )
     return table
 
@@ -125,14 +129,22 @@ def _of(rows: Sequence[GpuMeasurement], policy: GpuPolicy) -> GpuMeasurement | N
     return next((row for row in rows if row.policy == policy), None)
 
 
+def _most_left_out(rows: Sequence[GpuMeasurement]) -> GpuMeasurement | None:
+    """The step without neurons that leaves the most weights unread."""
+    found = [row for row in rows if row.policy in ("neurons", "neurons together")]
+    return max(found, key=lambda row: row.weight_skip_ratio or 0.0, default=None)
+
+
 def _line(row: GpuMeasurement) -> str:
-    skipped = "" if row.skipped_blocks is None else f" {row.skipped_blocks:g}"
+    skipped = "" if row.skipped_blocks is None else f" {row.skipped_blocks:.4g}"
     ceiling = "" if row.ceiling_share is None else f", {row.ceiling_share:.0%} of the bandwidth"
     speedup = "" if row.speedup_vs_never is None else f", {row.speedup_vs_never:.3f}x never"
+    saved = _saved(row)
+    saved = f", saves {saved} of what is expected" if saved else ""
     return (
         f"{row.model}, {row.weights}, batch {row.batch}, context {row.context}: "
         f"{row.policy}{skipped}: {row.ms_per_step:.3f} ms, {row.tokens_per_s:.0f} tokens/s"
-        f"{ceiling}{speedup}"
+        f"{ceiling}{speedup}{saved}"
     )
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,13 +20,16 @@ from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.layers import Linear
 from skipllm_core.model.llama import LlamaModel
-from skipllm_core.runner.graphs import Capture
+from skipllm_core.runner.graphs import Capture, Launch
+from skipllm_core.types import ROWS_PER_NEURON
 
 BLOCK_SIZE = 16
 UNREACHABLE = 2.0  # a threshold that no similarity has
 NUM_ROUNDS = 5
 ROUND_MS = 50.0  # of a round, about: long steps need no twenty replays to be timed
 NUM_BISECTIONS = 20
+
+Shares = tuple[float, float]  # of neurons: before up, and of the rest before down
 
 
 def milliseconds(
@@ -68,6 +72,15 @@ class Fit:
         return cls(full, -slope, max(residuals))
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A step whose rows leave out neurons; FFN weights in blocks' worth."""
+
+    ms: float
+    mean: float  # left out by a row
+    joint: float  # wanted by no row
+
+
 class StepBench:
     """Decode steps of `batch` rows at one context, whose past is random."""
 
@@ -107,8 +120,11 @@ class StepBench:
         self.rows.token_ids.random_(0, config.vocab_size)
         self.rows.positions.fill_(context)
         decoder = decoder_type(model, cache, self.rows, tiles=tiles)
-        self._stock = capture(lambda: decoder.step(batch, can_skip=False))
-        self._skip = capture(lambda: decoder.step(batch, can_skip=True))
+        self._stock = capture(lambda: decoder.step(batch, "stock"))
+        self._skip = capture(lambda: decoder.step(batch, "skip"))
+        self._capture = capture
+        self._make_decoder = partial(decoder_type, model, cache, self.rows, tiles=tiles)
+        self._neurons: dict[bool, Launch] = {}  # by whether rows choose together
 
     def never(self, num_replays: int = 20) -> float:
         """Milliseconds of the stock step."""
@@ -139,6 +155,42 @@ class StepBench:
         self.rows.thresholds.fill_(UNREACHABLE)
         self.rows.cold_starts.fill_(cold_start)
         self.rows.cold_ends.fill_(cold_end)
+
+    def neurons(self, shares: Shares, num_replays: int = 20, *, together: bool = False) -> LeftOut:
+        """Rows leave out `shares` of the neurons of every layer, by thresholds that are found for
+        it: before up, and of the rest before down."""
+        launch = self._neuron_graph(together)
+        self.rows.policies.fill_(RowPolicy.NEURONS)
+        self.rows.neuron_thresholds.zero_()
+        for which, share in enumerate(shares):
+            if share:
+                self._find_thresholds(launch, which, share)
+        ms = milliseconds(launch, self.device, num_replays)
+        num_weight_rows = ROWS_PER_NEURON * self.model.config.intermediate_size
+        before_up, before_down = self.rows.neuron_counts.sum(dim=(0, 1)).tolist()
+        mean = (2 * before_up + before_down) / self.batch / num_weight_rows
+        return LeftOut(ms, mean, int(self.rows.unread.sum()) / num_weight_rows)
+
+    def _neuron_graph(self, together: bool) -> Launch:
+        if together not in self._neurons:
+            decoder = self._make_decoder(consensus=together)
+            self._neurons[together] = self._capture(lambda: decoder.step(self.batch, "neurons"))
+        return self._neurons[together]
+
+    def _find_thresholds(self, launch: Launch, which: int, share: float) -> None:
+        """By bisection of their logarithms, in all layers at a time."""
+        num_neurons = self.model.config.intermediate_size
+        low = torch.full((self.num_layers,), -40.0, device=self.device)
+        high = torch.full_like(low, 20.0)
+        for _ in range(NUM_BISECTIONS):
+            middle = (low + high) / 2
+            self.rows.neuron_thresholds[:, :, which] = middle.exp2()
+            launch()
+            counts = self.rows.neuron_counts.float().mean(dim=0)
+            left = num_neurons - counts[:, 0] if which else num_neurons
+            is_enough = counts[:, which] >= share * left
+            low, high = torch.where(is_enough, low, middle), torch.where(is_enough, middle, high)
+        self.rows.neuron_thresholds[:, :, which] = high.exp2()
 
     @property
     def last_skippable(self) -> int:

@@ -8,8 +8,9 @@
     5 norm, gate_up, SwiGLU    predicated h                          act
     6 down, residual           predicated act                        h
 
-and one more where `tile_for` splits the inputs of o or down. Nothing waits for the device and
-nothing is allocated, so a step is the same launches whatever the rows are.
+and one more where the inputs of o or down are split. Where rows leave out neurons, neurons.py has
+the fifth. Nothing waits for the device and nothing is allocated, so a step is the same launches
+whatever the rows are.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import triton
 import triton.language as tl
 
 from skipllm_core.kernels.gpu.attention import AttentionScratch, attend
+from skipllm_core.kernels.gpu.down import down, down_tile_for
 from skipllm_core.kernels.gpu.gate import GateState, decide_together, tell
 from skipllm_core.kernels.gpu.linear import Tiles, gate_up, linear, parts_for, tile_for
-from skipllm_core.kernels.gpu.rows import DeviceRows
+from skipllm_core.kernels.gpu.neuron_state import NeuronState
+from skipllm_core.kernels.gpu.neurons import leave_out, limit, neuron_tile_for, tell_neurons
+from skipllm_core.kernels.gpu.rows import DeviceRows, Variant
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import Block, LlamaModel
 
@@ -41,8 +45,9 @@ class GpuDecoder:
     """Decode steps over `rows`, for a model and cache on a CUDA device.
 
     (Or on the CPU, in Triton's interpreter.) `consensus`: rows skip together, see
-    skip/consensus.py, with the numbers of `rows.consensus`. `tiles`: how linears are
-    cut; `min_split`: the positions of attention that a program has at least.
+    skip/consensus.py, with the numbers of `rows.consensus`, and leave out neurons together.
+    The tiles say how linears are cut; `min_split`: the positions of attention that a program has
+    at least.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class GpuDecoder:
         *,
         consensus: bool = False,
         tiles: Tiles = tile_for,
+        down_tiles: Tiles = down_tile_for,
+        neuron_tiles: Tiles = neuron_tile_for,
         min_split: int = MIN_SPLIT,
     ) -> None:
         config, device = model.config, rows.device
@@ -60,7 +67,7 @@ class GpuDecoder:
         self._cache = kv_cache
         self._rows = rows
         self._consensus = consensus
-        self._tiles = tiles
+        self._tiles, self._down_tiles, self._neuron_tiles = tiles, down_tiles, neuron_tiles
         dtype = model.embedding.dtype
 
         def buffer(width: int) -> torch.Tensor:
@@ -72,6 +79,8 @@ class GpuDecoder:
         self._mixed = buffer(config.num_heads * config.head_dim)
         self._act = buffer(config.intermediate_size)
         self._state = GateState.build(rows, config.hidden_size, dtype)
+        inner = config.intermediate_size
+        self._neurons = NeuronState.build(rows, inner, dtype, is_joint=consensus)
         self._parts = parts_for(rows.max_num_rows, config.hidden_size, device)
         max_len = rows.block_tables.shape[1] * kv_cache.block_size
         attention = model.blocks[0].attention
@@ -86,13 +95,16 @@ class GpuDecoder:
         """What it keeps beside the model, the cache and the rows."""
         own = (self._h, self._qkv, self._mixed, self._act, self._parts, self._cos, self._sin)
         scratch = self._scratch
-        return (*own, *self._state, scratch.maxima, scratch.sums, scratch.partial)
+        attention = (scratch.maxima, scratch.sums, scratch.partial)
+        return (*own, *self._state, *self._neurons.tensors, *attention)
 
-    def step(self, num_rows: int, *, can_skip: bool) -> None:
+    def step(self, num_rows: int, variant: Variant) -> None:
         """One token of each of the first `num_rows` rows: logits, K and V, and what was skipped.
 
-        Without `can_skip` nothing is: the kernels look at no flags and nobody decides.
+        In a `stock` step nothing is: the kernels look at no flags and nobody decides. Rows leave
+        out neurons in a step of that variant alone.
         """
+        can_skip = variant != "stock"
         rows = self._rows
         assert 0 < num_rows <= rows.max_num_rows
         hidden = self._h.shape[1]
@@ -100,13 +112,20 @@ class GpuDecoder:
         _embed[(num_rows, triton.cdiv(hidden, block))](
             rows.token_ids, self._model.embedding, self._h, hidden, BLOCK=block
         )
+        if variant == "neurons":
+            limit(rows, self._neurons, num_rows)
         for layer, layer_block in enumerate(self._model.blocks):
             self._attend(layer, layer_block, num_rows, can_skip)
-            run = self._state.runs[layer] if can_skip else None
-            self._feed_forward(layer_block, num_rows, run)
+            if variant == "neurons":
+                self._feed_forward_neurons(layer, layer_block, num_rows)
+            else:
+                run = self._state.runs[layer] if can_skip else None
+                self._feed_forward(layer_block, num_rows, run)
         head, norm = self._model.lm_head, self._model.norm
         linear(self._h, head, rows.logits, num_rows, norm=norm, tiles=self._tiles)
         tell(rows, self._state, num_rows, can_skip=can_skip)
+        if variant == "neurons":
+            tell_neurons(rows, self._neurons, self._state.runs, num_rows)
 
     def _attend(self, layer: int, block: Block, num_rows: int, can_skip: bool) -> None:
         rows, state, attention = self._rows, self._state, block.attention
@@ -147,22 +166,22 @@ class GpuDecoder:
 
     def _feed_forward(self, block: Block, num_rows: int, run: torch.Tensor | None) -> None:
         """`run` as the linears have it: the rows of 0 keep their residual."""
-        gate_up(
-            self._h,
-            block.norm2,
-            block.ffn.gate_up,
-            self._act,
-            num_rows,
-            run=run,
-            tiles=self._tiles,
-        )
-        linear(
-            self._act,
+        h, act, ffn = self._h, self._act, block.ffn
+        gate_up(h, block.norm2, ffn.gate_up, act, num_rows, run=run, tiles=self._tiles)
+        down(act, ffn.down, h, num_rows, self._parts, run=run, tiles=self._down_tiles)
+
+    def _feed_forward_neurons(self, layer: int, block: Block, num_rows: int) -> None:
+        """The same for rows some of which leave out neurons."""
+        h, act, neurons = self._h, self._act, self._neurons
+        run, tiles = self._state.runs[layer], self._neuron_tiles
+        leave_out(h, block, act, self._rows, neurons, run, layer, num_rows, tiles=tiles)
+        down(
+            act,
             block.ffn.down,
-            self._h,
+            h,
             num_rows,
-            is_residual=True,
+            self._parts,
             run=run,
-            parts=self._parts,
-            tiles=self._tiles,
+            neurons=(neurons, layer),
+            tiles=self._down_tiles,
         )

@@ -40,6 +40,7 @@ class Tile:
 Tiles = Callable[[int, int, int], Tile]  # of num_rows, num_outputs, num_inputs
 
 MAX_BLOCK_M = 64
+MAX_SPLITS = 32  # of one row; of more, 8
 NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200: enough loads in flight
 
 
@@ -82,12 +83,12 @@ def linear(
 ) -> None:
     """out[:num_rows] = x W^T, or += with `is_residual`; see the module.
 
-    x [max_num_rows, num_inputs] and out [max_num_rows, num_outputs] are contiguous; W lies output
-    by output or input by input. `norm`: of x.
+    x [max_num_rows, num_inputs] and out [max_num_rows, num_outputs] are contiguous. `norm`: of x.
     `before` gets what `out` got. `run` [max_num_rows] int32: rows that are 0 keep their `out`, and
     where all are, no weight is read. `parts`: float32 scratch for the splits; None: no splits.
     `decides` (rows, state, layer): the gate's part for this layer is done along the way.
     """
+    assert weights.weight.is_contiguous(), "output by output; down.py has the other one"
     num_outputs, num_inputs = weights.weight.shape
     tile = tiles(num_rows, num_outputs, num_inputs)
     splits = tile.splits
@@ -135,7 +136,6 @@ def linear(
         num_rows,
         num_outputs,
         num_inputs,
-        *weights.weight.stride(),
         0.0 if norm is None else norm.eps,
         *gate,
         HAS_NORM=norm is not None,
@@ -143,7 +143,7 @@ def linear(
         CONSENSUS=consensus,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_stages=_num_stages(tile, x),
+        num_stages=num_stages_for(tile, x),
         **shared,
     )
     if splits > 1:
@@ -196,15 +196,16 @@ def gate_up(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
-        num_stages=_num_stages(tile, h),
+        num_stages=num_stages_for(tile, h),
     )
 
 
-def _num_stages(tile: Tile, x: Tensor) -> int:
+def num_stages_for(tile: Tile, x: Tensor) -> int:
     """Tiles are made for 2 bytes an element: with 4, as many bytes wait in shared memory."""
     return max(2, tile.num_stages * 2 // x.itemsize)
 
 
 def parts_for(num_rows: int, num_outputs: int, device: torch.device) -> Tensor:
-    """Scratch for as many splits as `tile_for` may ask for."""
-    return torch.zeros(8 * num_rows * num_outputs, dtype=torch.float32, device=device)
+    """Scratch for as many splits as `tile_for` and `down_tile_for` may ask for."""
+    size = max(MAX_SPLITS, 8 * num_rows) * num_outputs
+    return torch.zeros(size, dtype=torch.float32, device=device)

@@ -16,13 +16,17 @@ from skipllm_core.kernels.gpu.gate import decide_row
 
 @triton.jit
 def gemv_tile(
-    x_ptr, norm_ptr, w_ptr, stride_n, stride_k, n, is_output, first, end, K,
+    x_ptr, norm_ptr, w_ptr, n, is_output, first, end, K,
     HAS_NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """Sums [BLOCK_N] of one row over inputs first .. end - 1, and the sum of the row's squares."""
+    """Sums [BLOCK_N] of one row over inputs first .. end - 1, and the sum of the row's squares.
+
+    Of outputs that are none nothing is read. STAGES: weights so many steps ahead are on their way.
+    """
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(first, end, BLOCK_K):
+    for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         is_input = k < end
         x = tl.load(x_ptr + k, mask=is_input, other=0.0).to(tl.float32)
@@ -30,7 +34,7 @@ def gemv_tile(
             squares += x * x
             x *= tl.load(norm_ptr + k, mask=is_input, other=0.0).to(tl.float32)
         w = tl.load(
-            w_ptr + n[:, None] * stride_n + k[None, :] * stride_k,
+            w_ptr + n[:, None] * K + k[None, :],
             mask=is_output[:, None] & is_input[None, :],
             other=0.0,
             eviction_policy="evict_first",  # every weight is read once a step
@@ -53,13 +57,12 @@ def inverse_rms(x_ptr, m, is_row, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def dot_tile(
-    x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, is_row, n, is_output, first, end, K, eps,
+    x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, first, end, K, factors,
     HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BLOCK_M, BLOCK_N] of rows m over inputs first .. end - 1, of the normed rows."""
+    """Sums [BLOCK_M, BLOCK_N] of rows m over inputs first .. end - 1; with a norm, of the rows
+    normed by the `factors` that `inverse_rms` gives."""
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if HAS_NORM:
-        factors = inverse_rms(x_ptr, m, is_row, K, eps, BLOCK_M, BLOCK_K)
     for start in range(first, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         is_input = k < end
@@ -70,7 +73,7 @@ def dot_tile(
             weight = tl.load(norm_ptr + k, mask=is_input, other=0.0).to(tl.float32)
             x = (normed * weight[None, :]).to(x.dtype)
         w = tl.load(
-            w_ptr + n[None, :] * stride_n + k[:, None] * stride_k,
+            w_ptr + n[None, :] * K + k[:, None],
             mask=is_output[None, :] & is_input[:, None],
             other=0.0,
             eviction_policy="evict_first",
@@ -81,27 +84,29 @@ def dot_tile(
 
 @triton.jit
 def tile_sums(
-    x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, is_row, n, is_output, first, end, K, eps,
+    x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, first, end, K, eps,
     HAS_NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums [BLOCK_M, BLOCK_N]; with a norm, of all inputs at once (no splits)."""
     if BLOCK_M == 1:
         sums, squares = gemv_tile(
-            x_ptr, norm_ptr, w_ptr, stride_n, stride_k, n, is_output, first, end, K,
-            HAS_NORM, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+            x_ptr, norm_ptr, w_ptr, n, is_output, first, end, K, HAS_NORM, BLOCK_N, BLOCK_K
+        )
         if HAS_NORM:
             sums *= 1.0 / tl.sqrt(squares / K + eps)
         return sums[None, :]
     else:
+        factors = eps  # not looked at
+        if HAS_NORM:
+            factors = inverse_rms(x_ptr, m, is_row, K, eps, BLOCK_M, BLOCK_K)
         return dot_tile(
-            x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, is_row, n, is_output, first, end, K, eps,
+            x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, first, end, K, factors,
             HAS_NORM, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
-def _finish(
+def finish(
     sums, out_ptr, before_ptr, scale_ptr, bias_ptr, m, n, keep, is_output, N,
     IS_RESIDUAL: tl.constexpr, HAS_BEFORE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -125,7 +130,7 @@ def _finish(
 @triton.jit(do_not_specialize=["layer"])  # or layer 1, and every 16th, is compiled again
 def linear_kernel(
     x_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, before_ptr, parts_ptr, run_ptr,
-    num_rows, N, K, stride_n, stride_k, eps,
+    num_rows, N, K, eps,
     layer, positions_ptr, policies_ptr, thresholds_ptr, skip_from_ptr, cold_starts_ptr,
     cold_ends_ptr, max_skips_ptr, mask_ptr, runs_ptr, triggered_ptr, num_skips_ptr,
     similarities_ptr, skipped_ptr, num_layers, max_num_rows,
@@ -156,11 +161,11 @@ def linear_kernel(
     first = tl.program_id(1) * steps * BLOCK_K
     end = tl.minimum(first + steps * BLOCK_K, K)
     sums = tile_sums(
-        x_ptr, norm_ptr, w_ptr, stride_n, stride_k, m, m < num_rows, n, is_output, first, end, K,
-        eps, HAS_NORM, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, norm_ptr, w_ptr, m, m < num_rows, n, is_output, first, end, K, eps,
+        HAS_NORM, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if SPLITS == 1:
-        _finish(
+        finish(
             sums, out_ptr, before_ptr, scale_ptr, bias_ptr, m, n, keep, is_output, N,
             IS_RESIDUAL, HAS_BEFORE, HAS_SCALE, HAS_BIAS,
         )  # fmt: skip
@@ -189,10 +194,17 @@ def add_parts_kernel(
     for split in range(SPLITS):
         at = (split * num_rows + m[:, None]) * N + n[None, :]
         sums += tl.load(parts_ptr + at, mask=keep[:, None] & is_output[None, :], other=0.0)
-    _finish(
+    finish(
         sums, out_ptr, before_ptr, scale_ptr, bias_ptr, m, n, keep, is_output, N,
         IS_RESIDUAL, HAS_BEFORE, HAS_SCALE, HAS_BIAS,
     )  # fmt: skip
+
+
+@triton.jit
+def silu(x, dtype: tl.constexpr):
+    """In float32, of and to what `dtype` can hold."""
+    x = x.to(dtype).to(tl.float32)
+    return (x / (1.0 + tl.exp(-x))).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -209,11 +221,11 @@ def gate_up_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = n < inner
     gate = tile_sums(
-        x_ptr, norm_ptr, w_ptr, K, 1, m, is_row, n, is_output, 0, K, K, eps,
+        x_ptr, norm_ptr, w_ptr, m, is_row, n, is_output, 0, K, K, eps,
         True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up = tile_sums(
-        x_ptr, norm_ptr, w_ptr, K, 1, m, is_row, n + inner, is_output, 0, K, K, eps,
+        x_ptr, norm_ptr, w_ptr, m, is_row, n + inner, is_output, 0, K, K, eps,
         True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_SCALE:
@@ -223,8 +235,6 @@ def gate_up_kernel(
         gate += tl.load(bias_ptr + n, mask=is_output, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + inner + n, mask=is_output, other=0.0).to(tl.float32)[None, :]
     dtype = out_ptr.dtype.element_ty
-    gate = gate.to(dtype).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    act = (silu * up.to(dtype).to(tl.float32)).to(dtype)
+    act = (silu(gate, dtype) * up.to(dtype).to(tl.float32)).to(dtype)
     mask = is_row[:, None] & is_output[None, :]
     tl.store(out_ptr + m[:, None] * inner + n[None, :], act, mask=mask)

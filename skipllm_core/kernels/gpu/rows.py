@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Literal
 
 import torch
 
 
 class RowPolicy(IntEnum):
-    """How a row's FFN blocks are skipped; a row whose position is below `skip_from` skips none."""
+    """What a row skips of its FFN blocks; with a position below `skip_from`, nothing."""
 
     NEVER = 0
     FFN_SKIP = 1
     MASK = 2  # exactly the blocks of `mask`
+    NEURONS = 3  # no blocks, but neurons below `neuron_thresholds`
+
+
+# What the rows of a step may do at most: skip nothing, blocks, or blocks and neurons.
+Variant = Literal["stock", "skip", "neurons"]
 
 
 class DeviceRows:
@@ -50,9 +56,15 @@ class DeviceRows:
         self.cold_ends = zeros(max_num_rows, dtype=torch.int32)
         self.max_skips = zeros(max_num_rows, dtype=torch.int32).fill_(num_layers)
         self.mask = zeros(max_num_rows, num_layers, dtype=torch.int32)  # 1: skipped by MASK rows
+        # In: of each layer, before up and before down.
+        self.neuron_thresholds = zeros(max_num_rows, num_layers, 2, dtype=torch.float32)
         # In: phi and delta of the consensus rule; phi 0: row_exact.
         self.consensus = zeros(2, dtype=torch.float32)
         # Out.
         self.logits = zeros(max_num_rows, vocab_size, dtype=torch.float32)
         self.skipped = zeros(max_num_rows, num_layers, dtype=torch.int32)  # 1: the row skipped it
         self.num_needed = zeros(num_layers, dtype=torch.int32)  # rows that ran the layer's FFN
+        # Out, of steps that leave out neurons: how many each row left out of a layer that it ran,
+        # before up and before down; and of how many no row wanted the weights of up, of down.
+        self.neuron_counts = zeros(max_num_rows, num_layers, 2, dtype=torch.int32)
+        self.unread = zeros(num_layers, 2, dtype=torch.int32)

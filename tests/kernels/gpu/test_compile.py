@@ -42,6 +42,8 @@ def compile_instead(kernel, grid):
         code = kernel.warmup(*args, grid=grid, **kwargs)
         assert code.asm["cubin"]
         assert code.metadata.shared <= SHARED_MEMORY, (kernel.__name__, kwargs)
+        if kernel.__name__ in ("down_kernel", "neurons_kernel"):  # weights are asked for ahead
+            assert "cp.async" in code.asm["ptx"], (kernel.__name__, kwargs)
         names.add(kernel.__name__)
     return launch
 
@@ -66,15 +68,17 @@ def decoders(rows, **changes):
 rows = DeviceRows(max_num_rows=256, max_blocks=16, num_layers=2, vocab_size=512, device=cpu)
 alone, joint = decoders(rows, num_hidden_layers=2)
 for num_rows in (1, 2, 32, 256):  # one for each height of the tiles
-    alone.step(num_rows, can_skip=False)
-    joint.step(num_rows, can_skip=True)
-    alone.step(num_rows, can_skip=True)
+    alone.step(num_rows, "stock")
+    joint.step(num_rows, "skip")
+    alone.step(num_rows, "skip")
+    alone.step(num_rows, "neurons")
+    joint.step(num_rows, "neurons")
     DeviceSampler(rows).step(num_rows, SamplingKind.DRAW)
 for head_dim in (64, 96, 128, 256):
     for family in ("llama", "qwen3"):  # whose heads are normed
         changes = {"model_type": family, "head_dim": head_dim, "num_hidden_layers": 1}
         architecture = {"architectures": [f"{family.capitalize()}ForCausalLM"]}
-        decoders(rows, **changes, **architecture)[0].step(1, can_skip=False)
+        decoders(rows, **changes, **architecture)[0].step(1, "stock")
 print(*sorted(names))
 """
 
@@ -105,6 +109,7 @@ def test_every_kernel_of_a_step_compiles_for_hopper_and_has_room_there(
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == [
         "_attend",
+        "_choose",
         "_decide_together",
         "_embed",
         "_exponentials_kernel",
@@ -112,6 +117,10 @@ def test_every_kernel_of_a_step_compiles_for_hopper_and_has_room_there(
         "_tell",
         "_tell_stock",
         "add_parts_kernel",
+        "count_kernel",
+        "down_kernel",
         "gate_up_kernel",
+        "limit_kernel",
         "linear_kernel",
+        "neurons_kernel",
     ]

@@ -59,7 +59,7 @@ def test_rows_in_several_tiles_equal_the_eager_step_and_tiles_skip_by_themselves
     rows.policies.fill_(RowPolicy.MASK)
     mask = skipped_by_tiles(num_rows)
     rows.mask.copy_(mask)
-    GpuDecoder(model, cache, rows, tiles=tiles).step(num_rows, can_skip=True)
+    GpuDecoder(model, cache, rows, tiles=tiles).step(num_rows, "skip")
     gate = ForcedGate(mask.bool().tolist())
     ctx = model.context([ContextRow(0, 1, [row]) for row in range(num_rows)], cache)
     expected = decode_step(model, token_ids.to(device), ctx, gate)

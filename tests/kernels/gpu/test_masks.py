@@ -58,7 +58,7 @@ def test_mixed_rows_skip_what_the_host_gate_skips_step_after_step(
                 rules.append(ADAPTIVE if n == 1 and is_warm else None)
         gate = RowGate(rules)
         expected = pair.eager(REAL, gate, ahead=step)
-        found = pair.step(len(WHICH), can_skip=True)
+        found = pair.step(len(WHICH), "skip")
         real = [row for row, n in enumerate(WHICH) if n != PADDING]
         close(found[real], expected)
         skipped = pair.skipped(len(WHICH))
@@ -80,5 +80,5 @@ def test_a_layer_whose_rows_skip_for_different_reasons_is_not_read(
     for layer in (2, 3):
         pair.model.blocks[layer].ffn.gate_up.weight.fill_(torch.nan)
         pair.model.blocks[layer].ffn.down.weight.fill_(torch.nan)
-    assert pair.step(3, can_skip=True)[:2].isfinite().all()
+    assert pair.step(3, "skip")[:2].isfinite().all()
     assert pair.rows.num_needed.tolist() == [2, 2, 0, 0, 2]

@@ -59,7 +59,7 @@ def test_a_step_over_8_bits_equals_the_eager_one_and_skips_alike(
     rows.block_tables[:, 0] = torch.arange(3, dtype=torch.int32)
     rows.policies.fill_(RowPolicy.MASK)
     rows.mask[0, 1] = 1
-    decoder.step(num_rows, can_skip=True)
+    decoder.step(num_rows, "skip")
     ctx = model.context([ContextRow(0, 1, [row]) for row in range(num_rows)], cache)
     gate = ForcedGate([[False, row == 0] for row in range(num_rows)])
     token_ids = torch.tensor(TOKEN_IDS[:num_rows], device=device)
@@ -85,7 +85,7 @@ def test_a_skipped_layers_scales_are_not_read_either(
         assert linear.scale is not None
         linear.scale.fill_(torch.nan)
     decoder = GpuDecoder(model, cache_for(model, device), rows, tiles=tiles)
-    decoder.step(1, can_skip=True)
+    decoder.step(1, "skip")
     assert rows.logits.isfinite().all()
-    decoder.step(1, can_skip=False)
+    decoder.step(1, "stock")
     assert rows.logits.isnan().all(), "the scales were poisoned"

@@ -63,7 +63,7 @@ def test_the_merged_splits_are_the_eager_attention(
     rows.token_ids[:num_rows] = torch.arange(7, 7 + num_rows, dtype=torch.int32)
     rows.block_tables[:num_rows] = tables.to(torch.int32)
     decoder = GpuDecoder(model, caches[0], rows, min_split=16)
-    decoder.step(num_rows, can_skip=False)
+    decoder.step(num_rows, "stock")
     context = [
         ContextRow(position, 1, table.tolist())
         for position, table in zip(POSITIONS, tables, strict=True)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from skipllm_core.kernels.gpu.decoder import GpuDecoder
 from skipllm_core.kernels.gpu.linear import Tile
-from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy
+from skipllm_core.kernels.gpu.rows import DeviceRows, RowPolicy, Variant
 from skipllm_core.model.attention import ContextRow
 from skipllm_core.model.kv_cache import KVCache
 from skipllm_core.model.llama import LlamaModel
 from skipllm_core.model.loader import load_model
 from skipllm_core.runner.decode import decode_step
+from skipllm_core.skip.neurons import NeuronSkip
 from skipllm_core.skip.policy import NeverGate, SkipGate
 from skipllm_core.types import SkipParams
 from tests.model.checkpoints import VOCAB_SIZE, make_oracle
@@ -62,7 +63,15 @@ class Twins:
             device=device,
         )
         self.rows.logits.fill_(torch.nan)
-        self.decoder = GpuDecoder(model, self.cache, self.rows, consensus=consensus, tiles=tiles)
+        self.decoder = GpuDecoder(
+            model,
+            self.cache,
+            self.rows,
+            consensus=consensus,
+            tiles=tiles,
+            down_tiles=tiles,
+            neuron_tiles=tiles,
+        )
 
     def _cache(self) -> KVCache:
         return KVCache(
@@ -94,9 +103,15 @@ class Twins:
         self.rows.cold_ends[row] = skip.cold_end
         self.rows.max_skips[row] = self.num_layers if skip.max_skips is None else skip.max_skips
 
+    def set_neurons(self, row: int, rule: NeuronSkip | None) -> None:
+        self.rows.policies[row] = RowPolicy.NEVER if rule is None else RowPolicy.NEURONS
+        if rule is not None:
+            by_layer = list(zip(rule.up, rule.down, strict=True))
+            self.rows.neuron_thresholds[row] = torch.tensor(by_layer)
+
     @torch.inference_mode()
-    def step(self, num_rows: int, *, can_skip: bool) -> Tensor:
-        self.decoder.step(num_rows, can_skip=can_skip)
+    def step(self, num_rows: int, variant: Variant) -> Tensor:
+        self.decoder.step(num_rows, variant)
         return self.rows.logits[:num_rows]
 
     @torch.inference_mode()
@@ -109,6 +124,14 @@ class Twins:
 
     def skipped(self, num_rows: int) -> list[list[int]]:
         return [row.nonzero()[:, 0].tolist() for row in self.rows.skipped[:num_rows]]
+
+    def assert_neurons_are(self, gate: SkipGate) -> None:
+        """What rows left out, which has to be something, and what no row wanted."""
+        found = self.rows.neuron_counts.tolist()
+        for row, counts in enumerate(gate.neurons.counts):
+            assert list(map(tuple, found[row])) == (counts or [(0, 0)] * self.num_layers)
+        assert int(self.rows.unread.sum()) == gate.neurons.num_unread_rows
+        assert any(before_up and before_down for before_up, before_down in gate.neurons.counts[0])
 
     def assert_caches_agree(self, which: Sequence[int]) -> None:
         for layer in range(self.num_layers):
