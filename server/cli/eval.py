@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from skipllm_core.evals.runner import Backend
     from skipllm_core.evals.tasks import Item
     from skipllm_core.model.config import ModelConfig
+    from skipllm_core.skip.profile import SkipProfile
 
 WARMUPS = (0, 5, 10, 20, 30, 40)  # the paper's Figure 5
 _WARMUP_RATIO = 0.25
+_LONG_ANSWERS = ("multi_turn", "summarization")  # that a warm-up does not cover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ _ENGINE = (
 )  # fmt: skip
 
 
-@takes_settings((*_ENGINE, "skip_profile"))
+@takes_settings((*_ENGINE, "skip_profile", "warmup_tokens"))
 def evaluate(
     model: Annotated[
         str | None,
@@ -79,13 +81,23 @@ def evaluate(
         ),
     ],
     policies: Annotated[
-        str, typer.Option(metavar="NAME,..", help="never always runs; all: every policy there is.")
+        str,
+        typer.Option(
+            metavar="NAME,..",
+            help="never always runs; all: every policy, as far "
+            "as the skip profile goes; auto: the one that the profile shows best.",
+        ),
     ] = "ffn_skip",
     ratios: Annotated[
-        str, typer.Option(metavar="FLOAT,..", help="Shares of the FFN blocks to skip.")
+        str, typer.Option(metavar="FLOAT,..", help="Shares of the FFN weights to leave out.")
     ] = "0.05,0.15,0.2,0.25,0.35",
     tasks: Annotated[
-        str, typer.Option(metavar="NAME,..", help="What to ask.")
+        str,
+        typer.Option(
+            metavar="NAME,..",
+            help="What to ask: these, and multiple_choice. Without files, the embedded model has "
+            "the prompts it was not trained on, other models facts and short texts.",
+        ),
     ] = "factoid_qa,multi_turn,summarization",
     factoid_file: _Data = None,
     multi_turn_file: _Data = None,
@@ -126,6 +138,8 @@ def evaluate(
     """Measure what skipping costs MODEL on the paper's tasks; write a report with figures."""
     with told_in_one_line():
         settings = load_settings({**flags, "model": model}, os.environ)
+        if base_url is not None and settings.warmup_tokens is not None:
+            raise SettingsError("--warmup-tokens is the server's to say, with --base-url")
         if (judge_url is None) != (judge_model is None):
             raise SettingsError("--judge-url and --judge-model go together")
         files = {
@@ -169,25 +183,28 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
     from skipllm_core.evals.report import write_report
     from skipllm_core.evals.runner import grid, run
     from skipllm_core.evals.summary import summarise
-    from skipllm_core.evals.tasks import TASKS, bundled, load
+    from skipllm_core.evals.tasks import TASKS, bundled, load, of_world
 
     if unknown := set(plan.tasks) - set(TASKS):
         raise SettingsError(f"--tasks: {unknown.pop()!r} is none of {', '.join(TASKS)}")
     chosen = [task for task in TASKS if task in plan.tasks]
+    own = bundled if plan.model_name == EMBEDDED_MODEL_NAME else of_world
     items = {
         task: load(task, plan.files[task], plan.limit)
         if task in plan.files
-        else bundled(task, plan.limit)
+        else own(task, plan.limit)
         for task in chosen
     }
-    settings_list = grid(plan.policies, plan.ratios)
+    local = None if plan.base_url is not None else _local(settings)
+    profile = None if local is None else local.profile
+    settings_list = grid(plan.policies, plan.ratios, profile)
     steps = [(setting, items[task]) for setting in settings_list for task in chosen]
     if plan.with_warmups:
         for num in WARMUPS:
             setting = Setting(policy="ffn_skip", ratio=_WARMUP_RATIO, warmup_tokens=num)
             settings_list.append(setting)
-            steps += [(setting, items[task]) for task in chosen if task != "factoid_qa"]
-    backend, config, identity = _backend(plan, settings, settings_list)
+            steps += [(setting, items[task]) for task in chosen if task in _LONG_ANSWERS]
+    backend, config, identity = _backend(plan, settings, local, settings_list)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -211,8 +228,10 @@ def run_evaluation(plan: Plan, settings: Settings) -> None:
     everything = [item for of in items.values() for item in of]
     ratings = _grade(plan, everything, settings_list, journal.records)
     rows = summarise(everything, settings_list, journal.records, journal.timings, config, ratings)
-    write_report(plan.out, run_id, rows)
+    write_report(plan.out, run_id, rows, profile)
     figures.draw(plan.out, plan.model_name, rows)
+    if profile is not None:
+        figures.draw_points(plan.out / "points.png", plan.model_name, profile)
     typer.echo(f"the report is in {plan.out / 'report.md'}", err=True)
 
 
@@ -223,43 +242,72 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """A model that runs in this process."""
+
+    model_dir: Path
+    fingerprint: str
+    profile: SkipProfile | None
+    profile_sha256: str | None
+
+
+def _local(settings: Settings) -> _Local:
+    """Raises ConfigError."""
+    from server.cli.launch import find_profile, find_profile_file
+    from server.cli.models import find_model
+    from skipllm_core.model.fingerprint import model_fingerprint
+
+    model_dir = find_model(settings)
+    fingerprint = model_fingerprint(model_dir)
+    file = find_profile_file(settings.skip_profile, model_dir, fingerprint)
+    return _Local(
+        model_dir,
+        fingerprint,
+        find_profile(settings.skip_profile, model_dir),
+        None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
+    )
+
+
 def _backend(
-    plan: Plan, settings: Settings, asked: Sequence[Setting]
+    plan: Plan, settings: Settings, local: _Local | None, asked: Sequence[Setting]
 ) -> tuple[Backend, ModelConfig | None, dict[str, object]]:
     """(the backend; in this process also the model's shape, and what names its weights, its profile
     and how it is computed). Raises ConfigError where a setting of `asked` cannot be met."""
-    if plan.base_url is not None:  # nothing here loads torch
+    if local is None or plan.base_url is not None:  # nothing here loads torch
+        assert plan.base_url is not None
         from skipllm_core.evals.http import ChatClient, HttpBackend
 
         client = ChatClient(plan.base_url, plan.model_name, os.environ.get("SKIPLLM_EVAL_API_KEY"))
         return HttpBackend(client, plan.max_tokens, plan.concurrency, plan.seed), None, {}
-    from server.cli.launch import find_profile, find_profile_file
-    from server.cli.models import find_model
     from skipllm_core.client.worker_handle import openmp_environment
     from skipllm_core.model.config import load_model_config
-    from skipllm_core.model.fingerprint import model_fingerprint
 
-    model_dir = find_model(settings)
-    profile = find_profile(settings.skip_profile, model_dir)
-    fingerprint = model_fingerprint(model_dir)
-    profile_file = find_profile_file(settings.skip_profile, model_dir, fingerprint)
     os.environ.update(openmp_environment(settings.num_threads))  # before torch is loaded
     from skipllm_core.evals.engine_backend import EngineBackend
     from skipllm_core.tokenizer import HFTokenizer
     from skipllm_core.worker import build_engine
 
-    engine = build_engine(settings.engine_config(model_dir))
-    backend = EngineBackend(engine, HFTokenizer(model_dir), profile, plan.max_tokens, plan.seed)
+    engine = build_engine(settings.engine_config(local.model_dir))
+    backend = EngineBackend(
+        engine,
+        HFTokenizer(local.model_dir),
+        local.profile,
+        plan.max_tokens,
+        plan.seed,
+        settings.warmup_tokens,
+    )
     for setting in asked:
         backend.resolve(setting)
     identity: dict[str, object] = {
-        "fingerprint": fingerprint,
-        "profile_sha256": profile_file and hashlib.sha256(profile_file.read_bytes()).hexdigest(),
+        "fingerprint": local.fingerprint,
+        "profile_sha256": local.profile_sha256,
         "device": engine.info.device,
         "dtype": engine.info.dtype,
         "enforce_eager": settings.enforce_eager,
+        "warmup_tokens": settings.warmup_tokens,
     }
-    return backend, load_model_config(model_dir), identity
+    return backend, load_model_config(local.model_dir), identity
 
 
 def _grade(plan: Plan, items: Sequence[Item], settings: Sequence[Setting], records: Any) -> Ratings:

@@ -36,16 +36,20 @@ def measure(
     groups: Sequence[Group],
     skips: Sequence[SkipParams],
     on_tokens: Callable[[int], None] = lambda count: None,
+    *,
+    is_together: bool = False,
 ) -> list[Measurement]:
     """Settings side by side, so that the full model's head is taken once for all of them: they
-    have the same warm-up. `on_tokens` hears of tokens that passed."""
+    have the same warm-up. `on_tokens` hears of tokens that passed. `is_together`: each group is a
+    batch whose rows leave neurons out together."""
+    run = passes.together if is_together else passes.under
     model = passes.model
     sums = [_Sums(model) for _ in skips]
     for group in groups:
         full = passes.in_full(group)
         found = []
         for skip, of_skip in zip(skips, sums, strict=True):
-            found.append(passes.under(group, skip, of_skip.see_neurons))
+            found.append(run(group, skip, of_skip.see_neurons))
             of_skip.count(found[-1])
             on_tokens(len(found[-1].rows))
         places = found[0].places

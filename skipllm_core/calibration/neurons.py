@@ -32,7 +32,13 @@ def shares_for(share: float) -> tuple[float, float]:
 def neurons_skip(scores: Sequence[Tensor], share: float, warmup_tokens: int) -> SkipParams:
     """The settings that leave this share of FFN weights out, by each layer's pairs of scores
     [2, number of pairs] in the full model."""
-    before_up, before_down = shares_for(share)
+    return skip_of_shares(scores, *shares_for(share), warmup_tokens)
+
+
+def skip_of_shares(
+    scores: Sequence[Tensor], before_up: float, before_down: float, warmup_tokens: int
+) -> SkipParams:
+    """The same for shares of neurons, in every layer: before up, and before down at the latest."""
     up, down = [], []
     for first, second in scores:
         up.append(_quantile(first, before_up))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from skipllm_core.model.llama import Block
 from skipllm_core.runner.decode import gated_forward
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.sequence import Sequence as Seq
-from skipllm_core.skip.policy import NeverGate, SkipGate, gate_for, skip_at
+from skipllm_core.skip.consensus import ConsensusGate
+from skipllm_core.skip.policy import NeverGate, RowGate, SkipGate, gate_for, skip_at
 from skipllm_core.types import SamplingParams, SkipParams
 
 TOKENS_AT_ONCE = 1024  # products take hardly less time per token over more
@@ -131,9 +133,41 @@ class Passes:
 
     def under(self, group: Group, skip: SkipParams, see_neurons: NeuronObserver = None) -> Pass:
         """The group's tokens behind the warm-up, computed under `skip`."""
+        spans, counted, places = self._behind_warmup(group, skip)
+        gate = gate_for([skip_at(span.seq, p) for span in spans for p in range(*span[1:])])
+        rows = _rows(spans, counted)
+        h = self._forward(spans, gate, see_neurons)
+        return Pass(places, h[self._tensor(rows)], rows, gate)
+
+    def together(self, group: Group, skip: SkipParams, see_neurons: NeuronObserver = None) -> Pass:
+        """The same under the policy `neurons`, as a batch decodes whose rows leave neurons out
+        together: a step for each token of the answers, all of which begin at once."""
+        spans, _, places = self._behind_warmup(group, skip)
+        rules = [skip_at(span.seq, p) for span in spans for p in range(*span[1:])]
+        whole = RowGate(rules, leaves_out_together=True)
+        ends = list(accumulate(span.end - span.start for span in spans))
+        firsts = [end - (span.end - span.start) for end, span in zip(ends, spans, strict=True)]
+        h = self.model.embed(self._tensor([0] * len(rules)))
+        for step in range(max((span.end - span.start for span in spans), default=0)):
+            now = {
+                first + step: _Span(span.seq, span.start + step, span.start + step + 1)
+                for first, span in zip(firsts, spans, strict=True)
+                if span.start + step < span.end
+            }
+            gate = ConsensusGate([rules[row] for row in now])
+            h[self._tensor(list(now))] = self._forward(list(now.values()), gate, see_neurons)
+            for row, counts in zip(now, gate.neurons.counts, strict=True):
+                whole.neurons.counts[row] = counts
+        return Pass(places, h, range(len(rules)), whole)
+
+    def _behind_warmup(
+        self, group: Group, skip: SkipParams
+    ) -> tuple[list[_Span], list[int], Tensor]:
+        """The spans that a pass computes, their counted tokens' first positions, and these tokens'
+        places. What comes before is in the cache."""
         self._enter(group)
         spans: list[_Span] = []
-        counted: list[int] = []  # from here on, of each span
+        counted: list[int] = []
         places: list[int] = []
         first_place = 0
         for seq in group.seqs:
@@ -147,10 +181,7 @@ class Passes:
             counted.append(first)
             spans.append(_Span(seq, 0 if skip.policy == "layer_drop" else first, end))
         self._complete(group, {id(span.seq): span.start for span in spans})
-        gate = gate_for([skip_at(span.seq, p) for span in spans for p in range(*span[1:])])
-        rows = _rows(spans, counted)
-        h = self._forward(spans, gate, see_neurons)
-        return Pass(self._tensor(places), h[self._tensor(rows)], rows, gate)
+        return spans, counted, self._tensor(places)
 
     def _complete(self, group: Group, starts: dict[int, int]) -> None:
         """Has K and V of the full model in the cache up to the starts."""

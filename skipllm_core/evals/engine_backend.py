@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from skipllm_core.chat_template import Message
 from skipllm_core.engine.engine import Engine
 from skipllm_core.errors import ConfigError, InvalidRequestError
+from skipllm_core.evals.choices import choose
 from skipllm_core.evals.records import Record, Setting, Timing
 from skipllm_core.evals.runner import messages_of, seed_of, skip_wish
 from skipllm_core.evals.tasks import Item
@@ -26,7 +27,10 @@ class EngineBackend:
         profile: SkipProfile | None,
         max_tokens: int,
         seed: int = 0,
+        warmup_tokens: int | None = None,
     ) -> None:
+        """`warmup_tokens` stand in for the profile's."""
+        self._defaults = SkipDefaults(warmup_tokens=warmup_tokens)
         self._engine = engine
         self._tokenizer = tokenizer
         self._profile = profile
@@ -38,17 +42,19 @@ class EngineBackend:
         """Raises ConfigError where the profile or the engine cannot do it."""
         options = SkipOptions(**skip_wish(setting, budget_tokens))
         try:
-            skip = resolve_skip(SkipDefaults(), self._profile, options)
+            return resolve_skip(
+                self._defaults, self._profile, options, self._engine.info.skip_policies
+            )
         except InvalidRequestError as error:
             raise ConfigError(f"{setting.policy}: {error}") from None
-        if skip.policy not in self._engine.info.skip_policies:
-            raise ConfigError(f"{skip.policy} is not in the decode kernels: add --enforce-eager")
-        return skip
 
     def lead(
         self, items: Sequence[Item], setting: Setting, budget_tokens: int | None = None
     ) -> Iterator[Record | Timing]:
         skip = self.resolve(setting, budget_tokens)
+        if items[0].choices:
+            yield from choose(self._engine, self._tokenizer, items, setting, skip)
+            return
         talks: dict[int, _Talk] = {}
         for item in items:
             self._ask(_Talk(item), skip, talks)
@@ -69,8 +75,9 @@ class EngineBackend:
                 if output.error is not None:
                     raise RuntimeError(f"the engine failed on {talk.item.id}: {output.error}")
                 if output.skip_usage is not None:
-                    talk.skipped += output.skip_usage.skipped_ffn_blocks
-                    talk.total += output.skip_usage.total_ffn_blocks
+                    usage = output.skip_usage
+                    talk.skipped += usage.skipped_ffn_share * usage.total_ffn_blocks
+                    talk.total += usage.total_ffn_blocks
                 talk.num_tokens += len(talk.token_ids)
                 talk.answers.append(
                     self._tokenizer.decode(talk.token_ids, skip_special_tokens=True)
@@ -114,7 +121,8 @@ class _Talk:
         self.item = item
         self.answers: list[str] = []
         self.token_ids: list[int] = []
-        self.num_tokens = self.skipped = self.total = 0
+        self.num_tokens = self.total = 0
+        self.skipped = 0.0
 
     def messages(self) -> list[Message]:
         return messages_of(self.item, self.answers)

@@ -61,6 +61,8 @@ class HttpBackend:
     def lead(
         self, items: Sequence[Item], setting: Setting, budget_tokens: int | None = None
     ) -> Iterator[Record | Timing]:
+        if any(item.choices for item in items):
+            raise ConfigError("multiple_choice is scored in this process only, not with --base-url")
         started, tokens = time.perf_counter(), 0
         with ThreadPoolExecutor(self._concurrency) as pool:
             jobs = [pool.submit(self._lead_one, item, setting, budget_tokens) for item in items]
@@ -83,7 +85,8 @@ class HttpBackend:
     def _lead_one(self, item: Item, setting: Setting, budget_tokens: int | None) -> Record:
         skip = skip_wish(setting, budget_tokens)
         answers: list[str] = []
-        tokens = skipped = total = 0
+        tokens = total = 0
+        skipped = 0.0
         for turn in range(len(item.turns)):
             body = self._client.complete(
                 messages_of(item, answers),
@@ -95,8 +98,9 @@ class HttpBackend:
                 answers.append(body["choices"][0]["message"]["content"] or "")
                 usage = body["usage"]
                 tokens += usage["completion_tokens"]
-                skipped += usage["skip"]["skipped_ffn_blocks"]
-                total += usage["skip"]["total_ffn_blocks"]
+                num_blocks = usage["skip"]["total_ffn_blocks"]
+                skipped += usage["skip"]["skipped_ffn_share"] * num_blocks
+                total += num_blocks
             except (KeyError, IndexError, TypeError) as error:
                 raise ConfigError(f"the server's answer lacks {error}: not skipllm?") from None
         return Record(

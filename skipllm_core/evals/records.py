@@ -30,7 +30,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     item_id: str
     answers: tuple[str, ...]
     num_tokens: int  # generated over all answers, each one's first and its stop token included
-    skipped_ffn_blocks: int
+    skipped_ffn_blocks: float  # whole ones, and parts of others: in blocks' worth of weights
     total_ffn_blocks: int
 
     @property

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, get_args
 
 from skipllm_core.chat_template import Message
-from skipllm_core.errors import ConfigError
+from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.evals.records import FULL, Journal, Record, Setting, Timing, mean_answer_tokens
 from skipllm_core.evals.tasks import Item
+from skipllm_core.skip.profile import SkipProfile
+from skipllm_core.skip.resolve import SkipDefaults, SkipOptions, resolve_skip
 from skipllm_core.types import SkipPolicyName
 
 
@@ -22,12 +24,16 @@ class Backend(Protocol):
     ) -> Iterator[Record | Timing]: ...
 
 
-def grid(policies: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
+def grid(
+    policies: Sequence[str], ratios: Sequence[float], profile: SkipProfile | None = None
+) -> list[Setting]:
     """The full model first: the others are compared with it. The policy `all` stands for every one
-    of the build's. Raises ConfigError."""
-    known = get_args(SkipPolicyName)
-    if "all" in policies:
-        policies = known
+    of the build's, at the ratios that the profile, where it is known, has it reach. Raises
+    ConfigError."""
+    known = ("auto", *get_args(SkipPolicyName))
+    is_all = "all" in policies
+    if is_all:
+        policies = get_args(SkipPolicyName)
     if unknown := [policy for policy in policies if policy not in known]:
         raise ConfigError(f"this build has no policy {unknown[0]!r}; it has: {', '.join(known)}")
     return [FULL] + [
@@ -35,7 +41,16 @@ def grid(policies: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
         for policy in policies
         for ratio in ratios
         if policy != "never" and ratio > 0
+        if not is_all or profile is None or _is_reached(profile, policy, ratio)
     ]
+
+
+def _is_reached(profile: SkipProfile, policy: Any, ratio: float) -> bool:
+    try:
+        resolve_skip(SkipDefaults(), profile, SkipOptions(policy=policy, ratio=ratio))
+    except InvalidRequestError:
+        return False
+    return True
 
 
 def run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -21,8 +21,14 @@ from skipllm_core.evals.scoring import (
 from skipllm_core.evals.tasks import Item
 from skipllm_core.model.config import ModelConfig
 
-# The score that stands for a task in the tables and figures.
-HEADLINE = {"factoid_qa": "exact", "multi_turn": "fact", "summarization": "rougeL"}
+# The score that stands for a task in the tables and figures: the first of these that it has. Chat
+# models wrap names into sentences; what has no right answers is held against the full model's.
+HEADLINES = {
+    "factoid_qa": ("contains", "exact"),
+    "multi_turn": ("fact", "rougeL_full"),
+    "summarization": ("rougeL", "rougeL_full"),
+    "multiple_choice": ("exact",),
+}
 # Yes or no for each item; the others are means.
 _SHARES = ("exact", "contains", "fact", "agreement", "repetition", "collapse")
 # Computed layer by layer for evaluation alone: their speed says nothing.
@@ -48,7 +54,7 @@ class Row:
     task: str
     scores: Mapping[str, Score]
     groups: Mapping[str, Score]  # the headline score, by category or length
-    token_skip_ratio: float
+    skipped_ffn_share: float  # FFN weights not used, over decoded tokens x layers
     weight_bytes_ratio: float | None  # None: the model's shape is not known (over HTTP)
     weight_skip_ratio: float | None  # None: not told
     tokens_per_s: float | None  # None: of a slow policy, or no decode step was timed
@@ -56,13 +62,17 @@ class Row:
     ratings: Mapping[str, Score] = field(default_factory=dict)
 
     @property
-    def headline(self) -> Score | None:
-        """None where the task has no right answers and no full model's to compare with."""
-        return self.scores.get(HEADLINE[self.task]) or self.scores.get("agreement")
+    def headline(self) -> Score:
+        return self.scores[headline_of(self.task, self.scores)]
+
+
+def headline_of(task: str, names: Collection[str]) -> str:
+    """The name of the score, among those that were found, that stands for the task."""
+    return next(name for name in (*HEADLINES[task], "agreement") if name in names)
 
 
 def skipped_share(config: ModelConfig, policy: str) -> float:
-    """What one skip leaves unread / all weights of a decoder layer, norms and biases aside.
+    """What a skip leaves unread / all weights of a decoder layer, norms and biases aside.
 
     With h = hidden_size, a layer has 3 * h * intermediate_size (FFN) + 2 * h * head_dim * num_heads
     (q and o) + 2 * h * head_dim * num_kv_heads (k and v). Left unread are the FFN (Llama-2-7B:
@@ -88,7 +98,7 @@ def at_weight_bytes(rows: Sequence[Row], ratio: float) -> float | None:
     points = sorted(
         (row.weight_bytes_ratio, row.headline.mean)
         for row in rows
-        if row.weight_bytes_ratio is not None and row.headline is not None
+        if row.weight_bytes_ratio is not None
     )
     for (low, low_score), (high, high_score) in pairwise(points):
         if low <= ratio <= high:
@@ -105,7 +115,7 @@ def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict
         "repetition": float(any(is_repetitive(a) for a in answers)),
         "collapse": float(any(is_collapsed(a) for a in answers)),
     }
-    if item.task == "factoid_qa":
+    if item.task in ("factoid_qa", "multiple_choice"):
         scores["exact"] = float(exact_match(last, item.accepted))
         if item.is_short_answer:
             scores["contains"] = float(contains_answer(last, item.accepted))
@@ -114,10 +124,11 @@ def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict
             scores["fact"] = float(stories.is_coherent(last, item.turns[-1]))
         elif item.accepted:
             scores["fact"] = float(exact_match(last, item.accepted))
+    elif item.accepted:
+        scores.update(_rouge(last, item.accepted[0]))
+    if item.task in ("multi_turn", "summarization"):
         pairs = [_rouge(a, f)["rougeL"] for a, f in zip(answers, full, strict=True)]
         scores["rougeL_full"] = sum(pairs) / len(pairs)
-    else:
-        scores.update(_rouge(last, item.accepted[0]))
     return scores
 
 
@@ -145,7 +156,7 @@ def summarise(
                 for item, one, whole in zip(of_task, answered, fulls, strict=True)
             ]
             names = dict.fromkeys(name for scores in judged for name in scores)
-            headline = HEADLINE[task] if HEADLINE[task] in names else "agreement"
+            headline = headline_of(task, names)
             groups = {
                 group: _score(
                     headline,
@@ -167,7 +178,7 @@ def summarise(
                     task=task,
                     scores={n: _score(n, [s[n] for s in judged if n in s]) for n in names},
                     groups=groups,
-                    token_skip_ratio=ratio,
+                    skipped_ffn_share=ratio,
                     weight_bytes_ratio=ratio * skipped_share(config, setting.policy)
                     if config
                     else None,

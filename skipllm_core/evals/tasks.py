@@ -1,4 +1,4 @@
-"""What is asked: items of the three tasks, and the sets for the embedded model."""
+"""What is asked: items of the tasks, and the sets for the embedded model and for real ones."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from typing import Literal
 
 from skipllm_core.chat_template import Message
 from skipllm_core.demo.data.heldout import held_out_set
+from skipllm_core.errors import ConfigError
 from skipllm_core.evals.loaders import load_factoid_qa, load_multi_turn, load_summaries
+from skipllm_core.evals.texts import articles, conversations
+from skipllm_core.evals.world import world_questions
 
-TaskName = Literal["factoid_qa", "multi_turn", "summarization"]
-TASKS: tuple[TaskName, ...] = ("factoid_qa", "multi_turn", "summarization")
+TaskName = Literal["factoid_qa", "multi_turn", "summarization", "multiple_choice"]
+TASKS: tuple[TaskName, ...] = ("factoid_qa", "multi_turn", "summarization", "multiple_choice")
 
-__all__ = ["TASKS", "Item", "TaskName", "bundled", "load"]
+__all__ = ["TASKS", "Item", "TaskName", "bundled", "load", "of_world"]
+
+_NAME_ALONE = "Answer with the name alone."
+_SUMMARIZE = "Summarize this article in three sentences.\n\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One conversation to lead. `turns` are what the user says, one after the other, behind
     `history`; the model answers each. `accepted` bears the right answers of the last turn (none:
-    the answer is judged by the full model's alone, but for a story)."""
+    the answer is judged by the full model's alone, but for a story). With `choices` nothing is
+    generated: the answer is the one that the model finds likeliest behind the only turn."""
 
     task: TaskName
     id: str
@@ -29,6 +36,7 @@ class Item:
     accepted: tuple[str, ...] = ()
     is_short_answer: bool = False  # a name, which chat models like to wrap into a sentence
     is_story: bool = False  # any coherent story that the last turn asks for is right
+    choices: tuple[str, ...] = ()
 
 
 # The embedded model's conversations, in categories of what it can do. The model answers the first
@@ -55,6 +63,48 @@ def bundled(task: TaskName, limit: int) -> list[Item]:
             return _dialogues(limit)
         case "summarization":
             return by_terciles(_single_turns(task, "summaries", limit, group=""))
+        case "multiple_choice":
+            return of_world(task, limit)
+
+
+def of_world(task: TaskName, limit: int) -> list[Item]:
+    """At most `limit` items for real models, with nothing to fetch."""
+    match task:
+        case "factoid_qa":
+            return [
+                Item(
+                    task=task,
+                    id=f"world-{n}",
+                    group=q.relation,
+                    turns=(f"{q.question}\n{_NAME_ALONE}",),
+                    accepted=q.answers,
+                    is_short_answer=True,
+                )
+                for n, q in enumerate(world_questions(limit))
+            ]
+        case "multi_turn":
+            return [
+                Item(task=task, id=f"talk-{n}", group="all", turns=turns)
+                for n, turns in enumerate(conversations()[:limit])
+            ]
+        case "summarization":
+            return [
+                Item(task=task, id=f"article-{n}", group="all", turns=(_SUMMARIZE + text,))
+                for n, text in enumerate(articles()[:limit])
+            ]
+        case "multiple_choice":
+            asked = [q for q in world_questions(2 * limit) if q.choices][:limit]
+            return [
+                Item(
+                    task=task,
+                    id=f"choice-{n}",
+                    group=q.relation,
+                    turns=(q.question,),
+                    accepted=q.choices[:1],
+                    choices=q.choices,
+                )
+                for n, q in enumerate(asked)
+            ]
 
 
 def _single_turns(task: TaskName, kind: str, limit: int, *, group: str) -> list[Item]:
@@ -120,7 +170,7 @@ def load(task: TaskName, path: str, limit: int) -> list[Item]:
                     task=task,
                     id=q.id,
                     group="all",
-                    turns=(f"{q.question}\nAnswer with the name alone.",),
+                    turns=(f"{q.question}\n{_NAME_ALONE}",),
                     accepted=q.answers,
                     is_short_answer=True,
                 )
@@ -137,11 +187,13 @@ def load(task: TaskName, path: str, limit: int) -> list[Item]:
                     task=task,
                     id=a.id,
                     group=length_group(a.article),
-                    turns=(f"Summarize this article in three sentences.\n\n{a.article}",),
+                    turns=(_SUMMARIZE + a.article,),
                     accepted=(a.highlights,),
                 )
                 for a in load_summaries(path)[:limit]
             ]
+        case "multiple_choice":
+            raise ConfigError("multiple_choice has items of its own, and none of a file")
 
 
 def length_group(article: str) -> str:

@@ -173,3 +173,40 @@ def test_the_full_model_is_seen_at_every_layer(runner: TorchModelRunner) -> None
     assert seen == [(layer, num_decoded) for layer in range(NUM_LAYERS)]
     assert torch.equal(found, last[-1])
     assert group.targets.tolist() == [t for answer in TEXTS for t in answer.answer_ids[1:]]
+
+
+@torch.inference_mode()
+def test_alone_or_beside_its_like_a_row_leaves_out_what_it_would_by_itself(
+    runner: TorchModelRunner,
+) -> None:
+    skip = POLICIES[-1]
+    passes = Passes(runner)
+    for number_of_rows in (1, 2):
+        (group,) = passes.add([TEXTS[0]] * number_of_rows)
+        own, found = passes.under(group, skip), passes.together(group, skip)
+        assert torch.equal(found.places, own.places)
+        assert torch.allclose(found.h, own.h, atol=1e-4)
+        assert [found.gate.neurons.counts[row] for row in found.rows] == [
+            own.gate.neurons.counts[row] for row in own.rows
+        ]
+
+
+@torch.inference_mode()
+def test_rows_of_a_step_leave_out_as_many_together_and_go_on_when_others_have_ended(
+    runner: TorchModelRunner,
+) -> None:
+    skip = POLICIES[-1]
+    passes = Passes(runner)
+    (group,) = passes.add(TEXTS)
+    own, found = passes.under(group, skip), passes.together(group, skip)
+    assert torch.equal(found.places, own.places)
+    assert not torch.allclose(found.h, own.h, atol=1e-2)
+    counts = found.gate.neurons.counts
+    lengths = [len(a.answer_ids) - WARMUP for a in TEXTS if len(a.answer_ids) > WARMUP]
+    firsts = [sum(lengths[:n]) for n in range(len(lengths))]
+    for step in range(max(lengths)):
+        now = [f + step for f, num in zip(firsts, lengths, strict=True) if step < num]
+        assert all(counts[row] == counts[now[0]] for row in now)
+    last = firsts[0] + lengths[0] - 1
+    assert lengths[0] == max(lengths)
+    assert any(counts[last])

@@ -116,7 +116,7 @@ def test_a_policy_that_the_engine_lacks_is_refused_before_anything_is_asked() ->
     profile = SkipProfile.load(MODEL_DIR / "skip.yaml")
     backend = EngineBackend(cast(Any, engine), ByteTokenizer(), profile, 9)
     dropping = Setting(policy="layer_drop", ratio=0.25)
-    with pytest.raises(ConfigError, match=r"layer_drop .*--enforce-eager"):
+    with pytest.raises(ConfigError, match=r"layer_drop: .*--enforce-eager"):
         backend.resolve(dropping)
     with pytest.raises(ConfigError, match=r"ffn_skip: .*out of reach"):
         backend.resolve(Setting(policy="ffn_skip", ratio=0.99))
@@ -197,7 +197,7 @@ def test_over_http_each_request_names_its_skipping_and_turns_follow_each_other()
 
     def reply(body: dict[str, Any]) -> tuple[int, object]:
         seen.append(body)
-        skip = {"skipped_ffn_blocks": 2, "total_ffn_blocks": 12}
+        skip = {"skipped_ffn_share": 0.25, "total_ffn_blocks": 12}
         usage = {"completion_tokens": 3, "skip": skip}
         return 200, {**said(f"answer {len(seen)}"), "usage": usage}
 
@@ -206,7 +206,7 @@ def test_over_http_each_request_names_its_skipping_and_turns_follow_each_other()
     assert isinstance(record, Record)
     assert isinstance(timing, Timing)
     assert record.answers == ("answer 1", "answer 2")
-    assert (record.skipped_ffn_blocks, record.total_ffn_blocks) == (4, 24)
+    assert (record.skipped_ffn_blocks, record.total_ffn_blocks) == (6, 24)
     assert timing.num_tokens == 6
     assert record.num_tokens == 6
     assert [body["skip"] for body in seen] == [{"policy": "ffn_skip", "ratio": 0.25}] * 2
@@ -243,9 +243,9 @@ def test_the_embedded_model_is_evaluated_and_the_judge_asked_once(tmp_path: Path
         rows = list(csv.DictReader(file))
     exact = {row["policy"]: row for row in rows if row["score"] == "exact"}
     assert float(exact["never"]["mean"]) >= 0.75
-    assert float(exact["never"]["token_skip_ratio"]) == 0
+    assert float(exact["never"]["skipped_ffn_share"]) == 0
     for policy in ("ffn_skip", "static", "random", "layer_drop", "early_exit"):
-        assert 0.15 < float(exact[policy]["token_skip_ratio"]) < 0.4
+        assert 0.15 < float(exact[policy]["skipped_ffn_share"]) < 0.4
     assert float(exact["static"]["mean"]) >= 0.75
     assert exact["layer_drop"]["weight_bytes_ratio"] == "0.25"
     assert {row["mean"] for row in rows if row["score"] == "overall"} == {"8.0"}

@@ -39,7 +39,7 @@ def test_rows_are_what_was_counted(tmp_path: Path) -> None:
     full, skipping = summarise(ITEMS, [FULL, SKIPPING], journal.records, journal.timings, LLAMA2)
     assert full.scores["exact"].mean == 1
     assert skipping.scores["exact"].mean == skipping.scores["agreement"].mean == 0.5
-    assert skipping.token_skip_ratio == 0.25
+    assert skipping.skipped_ffn_share == 0.25
     assert skipping.weight_bytes_ratio == pytest.approx(0.167, abs=1e-3)
     assert skipping.weight_skip_ratio == 0.1
     assert skipping.tokens_per_s == 5
@@ -93,7 +93,7 @@ def row(policy: str, asked: float, weight_bytes: float | None, score: float) -> 
         task="factoid_qa",
         scores={"exact": Score(score, score, score, 4)},
         groups={},
-        token_skip_ratio=asked,
+        skipped_ffn_share=asked,
         weight_bytes_ratio=weight_bytes,
         weight_skip_ratio=None,
         tokens_per_s=9.0 if policy in ("never", "ffn_skip") else None,
