@@ -238,7 +238,7 @@ def test_the_embedded_model_is_evaluated_and_the_judge_asked_once(tmp_path: Path
         for _ in range(2):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output
-    assert len(asked) == 8 * 12  # the full model, five policies, six warm-ups; none twice
+    assert len(asked) == 8 * 13  # the full model, six policies, six warm-ups; none twice
     with (out / "report.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     exact = {row["policy"]: row for row in rows if row["score"] == "exact"}
