@@ -34,6 +34,12 @@ from tests.runner.tiny import (
     write_config,
 )
 
+NEURONS = SkipParams(
+    policy="neurons",
+    up_thresholds=(0.09, 0.12, 0.0, 0.15, 0.11, 0.08),
+    down_thresholds=(0.05, 0.04, 0.06, 0.0, 0.05, 0.07),
+    warmup_tokens=2,
+)
 SKIPS = [
     SkipParams(),
     SkipParams(policy="ffn_skip", threshold=-1.0, warmup_tokens=3, cold_start=1, cold_end=5),
@@ -41,12 +47,7 @@ SKIPS = [
     SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=1, cold_end=6, max_skips=2),
     SkipParams(policy="static", layers=(2, 4), warmup_tokens=2),
     SkipParams(policy="random", probability=0.5, warmup_tokens=0, cold_start=1, cold_end=5),
-    SkipParams(
-        policy="neurons",
-        up_thresholds=(0.09, 0.12, 0.0, 0.15, 0.11, 0.08),
-        down_thresholds=(0.05, 0.04, 0.06, 0.0, 0.05, 0.07),
-        warmup_tokens=2,
-    ),
+    NEURONS,
 ]
 
 
@@ -115,8 +116,9 @@ def test_a_seeded_text_is_the_same_alone_in_a_batch_and_when_preempted(tmp_path:
     assert serve(6, 8) == serve(6, 40)
 
 
+@pytest.mark.parametrize(("skip", "variant"), [(SKIPS[1], "skip"), (NEURONS, "neurons")])
 def test_steps_without_a_row_that_can_skip_are_stock_ones_and_padded_to_a_bucket(
-    tmp_path: Path,
+    skip: SkipParams, variant: Variant, tmp_path: Path
 ) -> None:
     config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=8)
     decoders: list[ReferenceDecoder] = []
@@ -126,11 +128,29 @@ def test_steps_without_a_row_that_can_skip_are_stock_ones_and_padded_to_a_bucket
         return decoders[-1]
 
     runner = GpuModelRunner(config, make, lambda: direct)
-    params = SamplingParams(max_tokens=6, temperature=0.0, skip=replace(SKIPS[1], trace=True))
+    rule = replace(skip, warmup_tokens=3, trace=True)
+    params = SamplingParams(max_tokens=6, temperature=0.0, skip=rule)
     outputs = generate(runner, config, [([5 + i], params) for i in range(3)])
     assert {num_rows for num_rows, _ in decoders[0].steps} == {4}
-    assert [variant for _, variant in decoders[0].steps] == ["stock"] * 2 + ["skip"] * 3
-    assert all(layers for out in outputs for layers in skipped(out)[3:])
+    assert [variant for _, variant in decoders[0].steps] == ["stock"] * 2 + [variant] * 3
+    told = skipped if variant == "skip" else left_out
+    assert all(told_of_token for out in outputs for told_of_token in told(out)[3:])
+
+
+def test_thresholds_of_neurons_move_with_their_row(tmp_path: Path) -> None:
+    config = engine_config(write_config(tmp_path), enforce_eager=True, max_num_seqs=4)
+    wanted = []
+    for n in range(4):  # those of the last slots last longest
+        thresholds = tuple(0.05 * (n + 1) for _ in range(NUM_LAYERS))
+        skip = replace(NEURONS, up_thresholds=thresholds, warmup_tokens=0, trace=True)
+        wanted.append(([5 + n], SamplingParams(max_tokens=3 + 3 * n, temperature=0.0, skip=skip)))
+    runner = GpuModelRunner(config, ReferenceDecoder, lambda: direct)
+    found = generate(runner, config, wanted)
+    expected = generate(TorchModelRunner(config), config, wanted)
+    assert list(map(left_out, found)) == list(map(left_out, expected))
+    shares = [out[-1].skip_usage.skipped_ffn_share for out in found if out[-1].skip_usage]
+    assert shares == sorted(shares)
+    assert len(set(shares)) == 4
 
 
 def test_every_variant_is_captured_before_the_first_request(tmp_path: Path) -> None:
