@@ -158,12 +158,19 @@ def evaluate(
             out=out,
             with_warmups=warmups,
             base_url=base_url,
-            model_name=model or EMBEDDED_MODEL_NAME,
+            model_name=_name(model, is_here=base_url is None),
             concurrency=concurrency,
             judge_url=judge_url,
             judge_model=judge_model,
         )
         run_evaluation(plan, settings)
+
+
+def _name(model: str | None, *, is_here: bool) -> str:
+    """As the report has it, which may be read elsewhere: a file's or directory's last part."""
+    if model is None:
+        return EMBEDDED_MODEL_NAME
+    return Path(model).name if is_here and Path(model).exists() else model
 
 
 def _ratios(text: str) -> tuple[float, ...]:

@@ -30,12 +30,14 @@ saves of its layer, which is the FFN's, under layer_drop the whole, and under ea
 and those of q and o (k and v are still computed, for the cache).
 `weight skip` is the share of FFN weight reads that this run's batches avoided. Skips are counted,
 not assumed from what was asked for. `tok/s` is over this run's decode steps, on a machine that may
-have had other work: no benchmark. layer_drop and early_exit run on a slow path made for evaluation
-alone, so that no tok/s is told for them. `fact`: the last answer is the expected one or, of the
-embedded model's `stories`, a coherent one as asked for. `contains`: an accepted answer stands in
-the text. `rougeL_full`: against the full model's answers. `agreement` is the share of items whose
-every answer is the full model's to the letter. `repetition`: a run of 4 words or marks stands in an
-answer 3 times or more. `collapse`: an answer's last 8 words or marks are the same one."""
+have had other work: no benchmark. The default warm-up is the run's `warmup_tokens`, else the
+profile's; choices are scored with none. layer_drop and early_exit run on a slow path made for
+evaluation alone, so that no tok/s is told for them. `fact`: the last answer is the expected one or,
+of the embedded model's `stories`, a coherent one as asked for. `contains`: an accepted answer
+stands in the text. `rougeL_full`: against the full model's answers. `agreement` is the share of
+items whose every answer is the full model's to the letter. `repetition`: a run of 4 words or marks
+stands in an answer 3 times or more. `collapse`: an answer's last 8 words or marks are the same
+one."""
 
 _EQUAL_BYTES = """\
 The headline score of each policy, in %, at the weight bytes of ffn_skip with 25 % asked for. It is
@@ -148,12 +150,14 @@ def _table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         warmup = row.setting.warmup_tokens
-        has_warmup = row.setting.policy not in ("never", *SLOW_POLICIES)
+        has_warmup = (
+            row.setting.policy not in ("never", *SLOW_POLICIES) and row.task != "multiple_choice"
+        )
         lines.append(
             [
                 row.setting.policy,
                 f"{row.setting.ratio:.0%}",
-                "-" if not has_warmup else "profile's" if warmup is None else str(warmup),
+                "-" if not has_warmup else "default" if warmup is None else str(warmup),
                 _share(row.skipped_ffn_share),
                 _share(row.weight_bytes_ratio),
                 _share(row.weight_skip_ratio),

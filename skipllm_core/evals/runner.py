@@ -33,7 +33,7 @@ def grid(
     known = ("auto", *get_args(SkipPolicyName))
     is_all = "all" in policies
     if is_all:
-        policies = get_args(SkipPolicyName)
+        policies = [*get_args(SkipPolicyName), *(name for name in policies if name == "auto")]
     if unknown := [policy for policy in policies if policy not in known]:
         raise ConfigError(f"this build has no policy {unknown[0]!r}; it has: {', '.join(known)}")
     return [FULL] + [

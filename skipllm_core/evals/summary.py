@@ -110,12 +110,15 @@ def at_weight_bytes(rows: Sequence[Row], ratio: float) -> float | None:
 def item_scores(item: Item, answers: Sequence[str], full: Sequence[str]) -> dict[str, float]:
     """Every score of one conversation; `full` are the full model's answers to it."""
     last = answers[-1]
+    agreement = float(tuple(answers) == tuple(full))
+    if item.choices:
+        return {"exact": float(exact_match(last, item.accepted)), "agreement": agreement}
     scores: dict[str, float] = {
-        "agreement": float(tuple(answers) == tuple(full)),
+        "agreement": agreement,
         "repetition": float(any(is_repetitive(a) for a in answers)),
         "collapse": float(any(is_collapsed(a) for a in answers)),
     }
-    if item.task in ("factoid_qa", "multiple_choice"):
+    if item.task == "factoid_qa":
         scores["exact"] = float(exact_match(last, item.accepted))
         if item.is_short_answer:
             scores["contains"] = float(contains_answer(last, item.accepted))

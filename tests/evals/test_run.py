@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -92,6 +93,16 @@ def test_a_policy_that_the_build_lacks_is_refused_by_name() -> None:
 def test_all_stands_for_every_policy() -> None:
     policies = {setting.policy for setting in grid(["all"], [0.25])}
     assert policies == set(get_args(SkipPolicyName))
+
+
+def test_all_goes_as_far_as_the_profile_does_and_a_policy_by_name_beyond() -> None:
+    profile = SkipProfile.load(MODEL_DIR / "skip.yaml")
+    far = profile.max_ratio("ffn_skip") + 0.01
+    unmeasured = msgspec.structs.replace(profile, neurons=())
+    named = {(s.policy, s.ratio) for s in grid(["all", "auto"], [0.1, far], unmeasured)}
+    assert {("ffn_skip", 0.1), ("layer_drop", far), ("auto", 0.1)} <= named
+    assert not {("ffn_skip", far), ("neurons", 0.1)} & named
+    assert Setting(policy="ffn_skip", ratio=far) in grid(["ffn_skip"], [far], unmeasured)
 
 
 def test_seeds_differ_between_items_and_turns_and_are_the_same_again() -> None:

@@ -64,7 +64,7 @@ def test_the_papers_numbers_stand_beside_its_own_model_alone(
     rows = summarise(ITEMS, [FULL, SKIPPING], journal.records, journal.timings, None)
     text = markdown({"model": model}, rows)
     assert ("79.02" in text) is has_paper
-    assert "| ffn_skip | 25% | profile's | 0.250 |" in text
+    assert "| ffn_skip | 25% | default | 0.250 |" in text
 
 
 @pytest.mark.parametrize(
