@@ -18,7 +18,7 @@ from tests.e2e.serving import Served
 from tests.model.test_parity import Paged, prefill_in_one_go
 from tests.real.texts import CHAT, PAGE, QUESTION
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CPU = torch.device("cpu")
 
