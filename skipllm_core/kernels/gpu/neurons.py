@@ -100,8 +100,9 @@ def leave_out(
             BLOCK_M=block_m(num_rows),
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
-            STAGES=num_stages_for(tile, h),
+            STAGES=num_stages_for(tile, h),  # of one row; of more, `num_stages`
             num_warps=tile.num_warps,
+            num_stages=num_stages_for(tile, h),
         )
         if state.is_joint:
             choose(rows, state, run, layer, num_rows, row_tiles, is_second=does_up)
