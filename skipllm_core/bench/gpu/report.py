@@ -96,11 +96,10 @@ def draw(rows: Sequence[GpuMeasurement], path: Path, device_name: str, console: 
 
 
 def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
-    """A line per case."""
+    """A line per case; what leaving out neurons saves stands in the steps' own lines."""
     table = Table(
         "model", "weights", "batch", "context", "never, ms", "tokens/s", "ceiling", "gate alone",
         "k: ms = a - k b", "ffn_skip, at", "mixed, of expected",
-        "neurons, at", "of ideal",
         box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for case in dict.fromkeys(row.case for row in rows):
@@ -109,7 +108,6 @@ def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
         if never is None:
             continue
         gate, natural, mixed = (_of(found, p) for p in ("gate only", "ffn_skip", "mixed"))
-        neurons = _most_left_out(found)
         table.add_row(
             *map(str, case),
             f"{never.ms_per_step:.3f}",
@@ -119,20 +117,12 @@ def gpu_table(rows: Sequence[GpuMeasurement]) -> Table:
             _fit(found),
             "" if natural is None else _speedup(natural),
             "" if mixed is None else _saved(mixed),
-            "" if neurons is None else _speedup(neurons),
-            "" if neurons is None else _saved(neurons),
         )
     return table
 
 
 def _of(rows: Sequence[GpuMeasurement], policy: GpuPolicy) -> GpuMeasurement | None:
     return next((row for row in rows if row.policy == policy), None)
-
-
-def _most_left_out(rows: Sequence[GpuMeasurement]) -> GpuMeasurement | None:
-    """The step without neurons that leaves the most weights unread."""
-    found = [row for row in rows if row.policy in ("neurons", "neurons together")]
-    return max(found, key=lambda row: row.weight_skip_ratio or 0.0, default=None)
 
 
 def _line(row: GpuMeasurement) -> str:

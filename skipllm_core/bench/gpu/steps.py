@@ -178,10 +178,11 @@ class StepBench:
         return self._neurons[together]
 
     def _find_thresholds(self, launch: Launch, which: int, share: float) -> None:
-        """By bisection of their logarithms, in all layers at a time."""
+        """By bisection of their logarithms, in all layers at a time: about, as what a layer leaves
+        out changes the scores of the next ones."""
         num_neurons = self.model.config.intermediate_size
-        low = torch.full((self.num_layers,), -40.0, device=self.device)
-        high = torch.full_like(low, 20.0)
+        low = torch.full((self.num_layers,), -16.0, device=self.device)
+        high = torch.full_like(low, 8.0)  # random weights have scores far from both
         for _ in range(NUM_BISECTIONS):
             middle = (low + high) / 2
             self.rows.neuron_thresholds[:, :, which] = middle.exp2()
