@@ -21,7 +21,14 @@ from skipllm_core.runner.graphs import Capture, CudaCapture, direct
 from skipllm_core.runner.model_runner import TorchModelRunner
 from skipllm_core.types import SamplingParams, SeqOutput, SkipParams
 from skipllm_core.worker import build_engine
-from tests.runner.tiny import engine_config, skipped, text, write_config
+from tests.runner.tiny import (
+    NUM_LAYERS,
+    engine_config,
+    left_out,
+    skipped,
+    text,
+    write_config,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +41,12 @@ SKIPS = [
     SkipParams(policy="static", layers=(2, 4), warmup_tokens=3),
     SkipParams(policy="random", probability=0.5, warmup_tokens=0, cold_start=1, cold_end=5),
     SkipParams(policy="ffn_skip", threshold=-1.0, cold_start=1, cold_end=6, max_skips=2),
+    SkipParams(
+        policy="neurons",
+        up_thresholds=(0.05,) * NUM_LAYERS,
+        down_thresholds=(0.05,) * NUM_LAYERS,
+        warmup_tokens=2,
+    ),
 ]
 
 
@@ -78,7 +91,9 @@ def test_a_replay_is_what_its_launches_are_bit_for_bit(tmp_path: Path) -> None:
     replayed, launched = (serve_with(capture, config) for capture in (CudaCapture(), direct))
     assert list(map(text, replayed)) == list(map(text, launched))
     assert list(map(skipped, replayed)) == list(map(skipped, launched))
-    assert all(map(any, map(skipped, replayed[1:]))), "every policy but the first skips"
+    assert list(map(left_out, replayed)) == list(map(left_out, launched))
+    assert all(map(any, map(skipped, replayed[1:5]))), "blocks"
+    assert any(left_out(replayed[5])), "neurons"
 
 
 @pytest.mark.skipif(not has_if_nodes(), reason="torch before 2.12 captures no IF nodes")
