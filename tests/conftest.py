@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when triton is first imported, by whichever library that is. With a GPU: TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# A shell starts what it puts in the background deaf to Ctrl-C; what tests start is not to be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
