@@ -37,6 +37,7 @@ from skipllm_core.config import EngineConfig
 from skipllm_core.errors import ConfigError, InvalidRequestError
 from skipllm_core.model.config import load_model_config
 from skipllm_core.model.fingerprint import model_fingerprint
+from skipllm_core.model.gguf.directory import is_directory_of_gguf
 from skipllm_core.skip.profile import SkipProfile
 from skipllm_core.skip.resolve import SkipDefaults
 from skipllm_core.tokenizer import HFTokenizer
@@ -92,11 +93,17 @@ def find_profile(given: Path | None, model_dir: Path) -> SkipProfile | None:
 
 def find_profile_file(given: Path | None, model_dir: Path, fingerprint: str) -> Path | None:
     """The one that was named, else the model's own, else ours of the same weights: a profile there
-    bears the beginning of their fingerprint in its name, so that no other has to be read."""
+    bears the beginning of their fingerprint in its name, so that no other has to be read.
+
+    In a folder of several GGUF files the profile is one file's; it is none of the others'.
+    """
     if given is not None:
         return given
-    if (own := model_dir / PROFILE_NAME).exists():
-        return own
+    own = model_dir / PROFILE_NAME
+    if own.exists():
+        if not is_directory_of_gguf(model_dir) or fingerprint in own.read_text(errors="replace"):
+            return own
+        logger.warning("%s is of another model, and is not used", own.resolve())
     return next(PROFILES_DIR.glob(f"*.{fingerprint[:12]}.yaml"), None)
 
 

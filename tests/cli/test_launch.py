@@ -103,6 +103,18 @@ def test_a_profile_of_another_model_is_refused(checkpoint: Path) -> None:
         find_profile(None, checkpoint)
 
 
+def test_a_profile_beside_several_gguf_files_is_that_of_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "is_directory_of_gguf", lambda directory: directory == checkpoint)
+    profile(fingerprint="0" * 64).save(checkpoint / "skip.yaml")
+    assert find_profile(None, checkpoint) is None
+    assert "of another model" in caplog.text
+    own = profile(fingerprint=model_fingerprint(checkpoint))
+    own.save(checkpoint / "skip.yaml")
+    assert find_profile(None, checkpoint) == own
+
+
 def test_a_profile_that_was_named_must_exist(checkpoint: Path) -> None:
     with pytest.raises(ProfileError, match=r"cannot read .*nowhere\.yaml"):
         find_profile(Path("nowhere.yaml"), checkpoint)
