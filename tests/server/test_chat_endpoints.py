@@ -125,8 +125,8 @@ async def test_many_parts_do_not_hold_the_event_loop(
     server: Server, path: str, body: dict[str, Any]
 ) -> None:
     content = json.dumps(body).encode()
-    start_s = time.process_time()
+    start_s = time.thread_time()
     reply = await server.http.post(path, content=content)
-    took_s = time.process_time() - start_s
+    took_s = time.thread_time() - start_s
     assert reply.status_code == 400
-    assert took_s < 0.5  # several times what it takes
+    assert took_s < 1.0  # of this thread: several times what it takes, and what grows faster takes
