@@ -129,4 +129,4 @@ async def test_many_parts_do_not_hold_the_event_loop(
     reply = await server.http.post(path, content=content)
     took_s = time.thread_time() - start_s
     assert reply.status_code == 400
-    assert took_s < 1.0  # of this thread: several times what it takes, and what grows faster takes
+    assert took_s < 2.0  # many times what it takes alone
