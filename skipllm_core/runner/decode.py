@@ -77,29 +77,17 @@ def _feed_forward(
     see: SeeNeurons | None,
 ) -> Tensor:
     """h with the FFN block applied to `rows`; the others keep their residual, bit for bit."""
-    if len(rows) == h.shape[0]:
-        return _run(block, h, range(len(h)), layer, neurons, see)
-    index = torch.tensor(list(rows), device=h.device)
-    return h.index_copy(0, index, _run(block, h.index_select(0, index), rows, layer, neurons, see))
-
-
-def _run(
-    block: Block,
-    h: Tensor,
-    rows: Collection[int],
-    layer: int,
-    neurons: NeuronRows,
-    see: SeeNeurons | None,
-) -> Tensor:
-    """The FFN block of h [len(rows), hidden], which are `rows` of the step."""
+    index = None if len(rows) == h.shape[0] else torch.tensor(list(rows), device=h.device)
+    some = h if index is None else h.index_select(0, index)
     if not neurons.has_rules:
-        return block.feed_forward(h)
-    thresholds = neurons.thresholds(layer)
-    after, counts = feed_forward_neurons(
-        block, h, [thresholds[row] for row in rows], is_joint=neurons.is_joint, see=see
-    )
-    neurons.count(layer, counts.of_rows(rows, len(thresholds)))
-    return after
+        after = block.feed_forward(some)
+    else:
+        thresholds = neurons.thresholds(layer)
+        after, counts = feed_forward_neurons(
+            block, some, [thresholds[row] for row in rows], is_joint=neurons.is_joint, see=see
+        )
+        neurons.count(layer, counts.of_rows(rows, len(thresholds)))
+    return after if index is None else h.index_copy(0, index, after)
 
 
 def cpu_step(
